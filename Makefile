@@ -1,0 +1,31 @@
+# make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
+# make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
+# make test                                the tests
+# Each stage that is done says so and is skipped; one that was interrupted goes on where it was.
+
+PYTHON ?= python3
+DATA ?= shapes
+RUN ?= runs/tiny
+PY = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(PY) vae.py --run "$(RUN)" --data "$(DATA)"
+	$(PY) dit.py --run "$(RUN)"
+	$(PY) prune.py --run "$(RUN)"
+	$(PY) distill.py --run "$(RUN)"
+	$(PY) sample.py --run "$(RUN)" --score
+	$(PY) export_coreml.py --run "$(RUN)"
+	$(PY) sample.py --run "$(RUN)" --report
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs/tiny

@@ -1,0 +1,189 @@
+"""Adversarial step distillation: 40 guided steps (80 network evaluations) become 4 steps (4 evaluations).
+
+The idea (paper, adversarial step distillation). The student learns to jump from any of four noise levels straight to
+clean latents. A discriminator, made for a DiT, tells its results from real latents. Stated: it inherits the
+generator's first K blocks, frozen, as a time-conditioned feature parser, and adds learnable layers with full 3D
+attention and cross-attention to the text. Result: 4 steps without classifier-free guidance (CFG).
+
+    x_t at one of 4 levels --> generator (starts as the pruned DiT) --> x0 = x_t - t * velocity
+                                                                         |  noise again, level s, real ones alike
+    caption, s, noisy real or generated latents --> K frozen blocks --> learnable blocks --> one score a token
+                                                    (never trained)     3D attention,        -> mean: real or not
+                                                                        cross-attention
+Our reading: the hinge loss; real and generated latents get the same noise at the same low level s before they are
+judged; x0 is noised again between sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG
+trajectory from the same x_t; optionally a smoothness term on the discriminator (approximate R1).
+
+    python distill.py                                # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt
+    python distill.py --adversarial 0                # the distillation term alone
+"""
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dit import Block, Latents, add_noise, context, guided_velocity, load_dit, logit_normal
+from vae import Loop, Optimizer, RMSNorm, count, fail, finish, parse, parser, save, set_up, stop_if_done, training_flags
+
+PRESETS = {
+    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=150, batch_size=32, lr=0.004,
+                 optimizer="muon"),
+    "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
+                optimizer="muon"),
+    "mobile": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
+                   optimizer="adamw"),
+    "server": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
+                   optimizer="adamw"),
+}
+
+# ---------------------------------------------------------------------------------------------------- the generator
+
+
+def predict_x0(dit, x_t, t, text):
+    """The generator: from x_t at level t [b] straight to clean latents, along the predicted velocity."""
+    return x_t - t.view(-1, 1, 1, 1, 1) * dit(x_t, t, text).float()
+
+
+def student_times(steps):
+    """The levels at which a `steps`-step student starts its jumps: 1, 3/4, 1/2, 1/4 for four."""
+    return torch.linspace(1, 0, steps + 1)[:-1]
+
+
+@torch.no_grad()
+def sample_student(dit, noises, tokens):
+    """One jump to x0 a step, and noise again in between, to the next level. No guidance: one evaluation a step.
+
+    noises: [steps, b, c, t, h, w], a fresh one for each step. -> x0 [b, c, t, h, w]"""
+    text, x0 = dit.text_encoder(tokens), torch.zeros_like(noises[0])
+    for t, noise in zip(student_times(len(noises)), noises):
+        t = t.to(noise.device).expand(len(noise))
+        x0 = predict_x0(dit, add_noise(x0, noise, t), t, text)
+    return x0
+
+
+@torch.no_grad()
+def teacher_endpoint(teacher, x_t, t, tokens, cfg, steps):
+    """Where the teacher's CFG trajectory from x_t ends: `steps` Euler steps from each clip's own level t [b] to 0."""
+    text, empty = teacher.text_encoder(tokens), teacher.text_encoder(torch.zeros_like(tokens))
+    x = x_t
+    for i in range(steps):
+        velocity = guided_velocity(teacher, x, t * (1 - i / steps), text, empty, cfg)
+        x = x - (t / steps).view(-1, 1, 1, 1, 1) * velocity
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ the discriminator
+
+
+class Discriminator(nn.Module):
+    """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind."""
+
+    def __init__(self, dit, frozen_blocks, learned_blocks):
+        super().__init__()
+        c = dit.config
+        if not 0 < frozen_blocks <= c["depth"]:
+            raise ValueError(f"{frozen_blocks} frozen blocks: the generator has {c['depth']}")
+        self.parser = copy.deepcopy(dit).requires_grad_(False)
+        self.parser.blocks = self.parser.blocks[:frozen_blocks]
+        self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"])
+                                    for _ in range(learned_blocks))
+        for block in self.blocks:
+            nn.init.ones_(block.modulation[2:3])  # open gates: the features are trained, the head may start at once
+            nn.init.ones_(block.modulation[5:6])
+        self.norm, self.out = RMSNorm(c["width"]), nn.Linear(c["width"], 1)
+
+    def forward(self, x_s, s, tokens):
+        """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; tokens: captions. -> scores [b], above 0: real."""
+        text = self.parser.text_encoder(tokens)
+        x, modulation, rope, _ = self.parser.prepare(x_s, s)
+        for block in [*self.parser.blocks, *self.blocks]:
+            x = block(x, modulation, text, rope)
+        return self.out(self.norm(x)).squeeze(-1).mean(dim=1).float()
+
+
+def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1, g):
+    """Hinge loss on real and generated latents with the same noise at the same level; r1 weighs how much a small
+    disturbance of the real ones changes their score. -> the loss, and how often each is told right."""
+    both = torch.cat([add_noise(real, noise, s), add_noise(fake, noise, s)])
+    on_real, on_fake = discriminator(both, torch.cat([s, s]), torch.cat([tokens, tokens])).chunk(2)
+    loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    if r1:
+        disturbed = add_noise(real, noise, s) + 0.01 * torch.randn(real.shape, generator=g).to(real.device)
+        loss = loss + r1 * (discriminator(disturbed, s, tokens) - on_real).square().mean() / 0.01 ** 2
+    return loss, ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+
+
+def main(argv=None):
+    p = parser(__doc__, PRESETS)
+    p.add_argument("--sampling-steps", type=int, default=4, help="steps of the student (default: 4)")
+    p.add_argument("--frozen-blocks", type=int, help="K, blocks of the generator that the discriminator inherits")
+    p.add_argument("--learned-blocks", type=int, help="blocks that the discriminator learns on top")
+    p.add_argument("--adversarial", type=float, default=0.1, help="weight of the adversarial term (default: 0.1)")
+    p.add_argument("--distillation", type=float, default=1.0, help="weight of the distillation term (default: 1)")
+    p.add_argument("--r1", type=float, default=0.0, help="weight of the smoothness term (default: 0, not needed here)")
+    p.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the teacher (default: 3)")
+    p.add_argument("--teacher-steps", type=int, help="Euler steps of the teacher from x_t to its end")
+    p.add_argument("--level", type=float, default=-2.5,
+                   help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
+    p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
+    p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py (default: RUN/dit.pt)")
+    p.add_argument("--latents", type=Path, help="the data set, from vae.py")
+    p.add_argument("--out", type=Path, help="the few-step student")
+    training_flags(p)
+    args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", out="student.pt")
+    settings = {k: getattr(args, k) for k in (
+        "sampling_steps", "frozen_blocks", "learned_blocks", "adversarial", "distillation", "r1", "cfg",
+        "teacher_steps", "level", "steps", "batch_size", "lr", "optimizer", "seed")}
+    stop_if_done(args.out, settings, 'python sample.py --prompt "a red circle moving left"')
+    device, precision = set_up(args)
+    teacher, _ = load_dit(args.teacher, device, "dit")
+    start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
+    data = Latents(args.latents, device)
+
+    torch.manual_seed(args.seed)
+    student = copy.deepcopy(start).train().requires_grad_(True)
+    try:
+        discriminator = Discriminator(start, args.frozen_blocks, args.learned_blocks).to(device)
+    except ValueError as error:
+        fail(f"--frozen-blocks: {error}")
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95 if args.preset == "tiny" else 0.999))
+    optimizer, d_optimizer = Optimizer(student, args, args.steps), Optimizer(discriminator, args, args.steps)
+    times, b = student_times(args.sampling_steps), args.batch_size
+
+    loop = Loop("distill", args, settings, args.steps, student=student, discriminator=discriminator, ema=ema,
+                optimizer=optimizer, d_optimizer=d_optimizer)
+    for _, g in loop:
+        real, tokens, noise = data.draw(b, g)
+        t = times[torch.randint(len(times), (b,), generator=g)].to(device)
+        x_t, s = add_noise(real, noise, t), logit_normal(b, g, args.level).to(device)
+        s_noise = torch.randn(real.shape, generator=g).to(device)
+        with precision():
+            fake = predict_x0(student, x_t, t, student.text_encoder(tokens))
+            loss, values = 0.0, {}
+            if args.distillation:
+                target = teacher_endpoint(teacher, x_t, t, tokens, args.cfg, args.teacher_steps)
+                values["distillation"] = F.mse_loss(fake, target)
+                loss = loss + args.distillation * values["distillation"]
+            if args.adversarial:
+                d_loss, told = discriminator_loss(discriminator, real, fake.detach(), s, s_noise, tokens, args.r1, g)
+                d_optimizer.step(d_loss)
+                values |= {"hinge": d_loss, "told_right": told}
+                values["generator"] = -discriminator(add_noise(fake, s_noise, s), s, tokens).mean()
+                loss = loss + args.adversarial * values["generator"]
+        optimizer.step(loss)
+        ema.update_parameters(student)
+        loop.log(**{name: value.item() for name, value in values.items()})
+
+    last = {k: sum(v[-20:]) / len(v[-20:]) for k, v in loop.history.items()}
+    metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
+                   **last, seconds=loop.seconds)
+    save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
+         settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
+    finish(args, "distill", metrics, 'python sample.py --prompt "a red circle moving left"', loop)
+
+
+if __name__ == "__main__":
+    main()

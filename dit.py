@@ -1,0 +1,355 @@
+"""The diffusion transformer (DiT): text and noise in, the latents of a video out. The teacher of what follows.
+
+The architecture (stated by the paper): full 3D self-attention over all tokens of a clip, cross-attention to the text,
+rotary position embeddings (RoPE), query-key normalisation, RMSNorm throughout; 28 blocks, 32 heads, FFN 8192, 2.0 B
+parameters. Our reading: head size 64, so width 2048; QK norm per head and no biases in a block, so that taking one
+head or one channel away leaves the others exactly as they were; adaLN-single; rectified flow.
+
+    latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
+                                                               v
+    time t [b] -> shift, scale, gate --------------->  depth x [ self-attention (RoPE over t, h, w)
+    caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
+                                                                 FFN ]
+                                                               v
+                                                       velocity [b, c, t, h, w]
+
+Rectified flow: x_t = (1 - t) x0 + t noise, and the network predicts the velocity noise - x0, the direction from data
+to noise. Sampling walks back from t = 1 to t = 0 in Euler steps, with classifier-free guidance (CFG): 40 steps, each
+with and without the caption, are the 80 network evaluations that distill.py brings down to 4.
+
+    python dit.py                   # runs/tiny/latents.pt -> runs/tiny/dit.pt
+
+Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config), as the
+discriminator's features (the first K blocks).
+"""
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vae import (Loop, Optimizer, RMSNorm, count, fail, finish, load, parse, parser, save, set_up, stop_if_done,
+                 training_flags)
+
+PRESETS = {
+    "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=1000, batch_size=32, lr=0.02,
+                 optimizer="muon"),
+    "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128, lr=0.02,
+                optimizer="muon"),
+    # The paper's sizes; mobile is what prune.py cuts out of server, for whoever wants it from scratch.
+    "mobile": dict(width=2048, depth=20, heads=20, head_dim=64, ffn=6144, steps=200000, batch_size=256, lr=5e-5,
+                   optimizer="adamw"),
+    "server": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000, batch_size=256, lr=5e-5,
+                   optimizer="adamw"),
+}
+
+# --------------------------------------------------------------------------------------------------------- the text
+
+PAD, UNKNOWN = 0, 1  # a caption of padding alone is the empty caption of classifier-free guidance
+
+
+def words(caption):
+    return re.findall(r"\w+", caption.lower())
+
+
+def tokenize(captions, vocabulary, length):
+    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named on stderr."""
+    index = {word: i for i, word in enumerate(vocabulary)}
+    unknown = sorted({w for c in captions for w in words(c)} - set(index))
+    if unknown:
+        print(f"warning: not in the training captions, so ignored: {', '.join(unknown)[:200]}", file=sys.stderr)
+    rows = [[index.get(w, UNKNOWN) for w in words(c)][:length] for c in captions]
+    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+
+def text_input(context, captions):
+    """What the text encoder reads, as a checkpoint describes it: word numbers, or the user's own embeddings."""
+    embeddings = context["embeddings"]
+    if not embeddings:
+        return tokenize(captions, context["vocabulary"], context["text_tokens"])
+    for caption in captions:
+        if caption not in embeddings:
+            fail(f"this model reads text embeddings, and none is known for '{caption}'; known are: "
+                 + "; ".join(list(embeddings)[:5]))
+    return torch.stack([embeddings[caption] for caption in captions])
+
+
+class TextEncoder(nn.Module):
+    """Word numbers [b, n] -> [b, n, width]; or embeddings [b, n, text_dim] of an encoder of your own -> the same.
+    Padding has an embedding like any word, so cross-attention needs no mask."""
+
+    def __init__(self, width, vocabulary, text_tokens, text_dim):
+        super().__init__()
+        self.embed = nn.Linear(text_dim, width) if text_dim else nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(text_tokens, width) * 0.02)
+        self.norm, self.out = RMSNorm(width), nn.Linear(width, width)
+
+    def forward(self, tokens):
+        return self.out(self.norm(self.embed(tokens) + self.position))
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+def rope_angles(t, h, w, head_dim, device):
+    """Angles [t*h*w, head_dim / 2] of 3D RoPE: of each head's pairs of channels a quarter turn with time, the rest
+    with height and width, three eighths each, every pair at its own frequency."""
+    pairs = head_dim // 2
+    spatial = 3 * pairs // 8
+    sizes, angles = (pairs - 2 * spatial, spatial, spatial), []
+    grid = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in (t, h, w)), indexing="ij")
+    for position, n in zip(grid, sizes):
+        frequency = 100 ** (-torch.arange(n, device=device, dtype=torch.float32) / n)
+        angles.append(position.reshape(-1, 1) * frequency)
+    return torch.cat(angles, dim=1)
+
+
+def rotate(x, rope):
+    """Turns each pair (x1, x2) of channels by its token's angle; x: [b, heads, n, head_dim]."""
+    (cos, sin), (x1, x2) = rope, x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [b, n, width] to itself or to a context [b, m, width]."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, heads * head_dim, bias=False)
+        self.kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.norm_q, self.norm_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, x, context=None, rope=None, head_mask=None):
+        q = rearrange(self.q(x), "b n (heads d) -> b heads n d", heads=self.heads)
+        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        k, v = (rearrange(y, "b m (heads d) -> b heads m d", heads=self.heads) for y in (k, v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        x = F.scaled_dot_product_attention(q, k, v)
+        if head_mask is not None:
+            x = x * head_mask[:, None, None]
+        return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, ffn):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, ffn, bias=False), nn.Linear(ffn, width, bias=False)
+
+    def forward(self, x, channel_mask=None):
+        x = F.gelu(self.up(x), approximate="tanh")
+        return self.down(x if channel_mask is None else x * channel_mask)
+
+
+class Block(nn.Module):
+    """Self-attention and FFN, modulated by the time (adaLN-single: one projection for all blocks, and a learned
+    offset each), with cross-attention to the text between them."""
+
+    def __init__(self, width, heads, head_dim, ffn):
+        super().__init__()
+        self.norm1, self.self_attention = RMSNorm(width, affine=False), Attention(width, heads, head_dim)
+        self.norm2, self.cross_attention = RMSNorm(width), Attention(width, heads, head_dim)
+        self.norm3, self.feed_forward = RMSNorm(width, affine=False), FeedForward(width, ffn)
+        self.modulation = nn.Parameter(torch.zeros(6, width))  # gates of zero: a new block is the identity
+        nn.init.zeros_(self.cross_attention.out.weight)
+
+    def forward(self, x, modulation, text, rope, mask=None):
+        """x: [b, n, width]; modulation: [b, 6, width]; text: [b, m, width]. mask: None, or a dict of this block's
+        masks, `blocks` a scalar, `self_heads` and `cross_heads` [heads], `ffn` [ffn]."""
+        mask = mask or {}
+        keep = mask.get("blocks", 1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation).unsqueeze(2).unbind(1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        x = x + keep * gate1 * self.self_attention(h, rope=rope, head_mask=mask.get("self_heads"))
+        x = x + keep * self.cross_attention(self.norm2(x), text, head_mask=mask.get("cross_heads"))
+        h = self.norm3(x) * (1 + scale2) + shift2
+        return x + keep * gate2 * self.feed_forward(h, mask.get("ffn"))
+
+
+class DiT(nn.Module):
+    """config: latent_channels; width; depth, blocks; heads and head_dim; ffn; vocabulary, words known; text_tokens,
+    words a caption; text_dim, channels of text embeddings of your own (0: the built-in text encoder)."""
+
+    def __init__(self, latent_channels, width, depth, heads, head_dim, ffn, vocabulary, text_tokens, text_dim=0):
+        super().__init__()
+        self.config = dict(latent_channels=latent_channels, width=width, depth=depth, heads=heads, head_dim=head_dim,
+                           ffn=ffn, vocabulary=vocabulary, text_tokens=text_tokens, text_dim=text_dim)
+        self.time_dim, self.head_dim = width // 2, head_dim
+        self.text_encoder = TextEncoder(width, vocabulary, text_tokens, text_dim)
+        self.embed = nn.Linear(latent_channels, width)
+        self.time = nn.Sequential(nn.Linear(self.time_dim, self.time_dim), nn.SiLU(),
+                                  nn.Linear(self.time_dim, self.time_dim), nn.SiLU())
+        self.modulation = nn.Linear(self.time_dim, 6 * width)
+        self.blocks = nn.ModuleList(Block(width, heads, head_dim, ffn) for _ in range(depth))
+        self.norm, self.final_modulation = RMSNorm(width, affine=False), nn.Linear(self.time_dim, 2 * width)
+        self.out = nn.Linear(width, latent_channels)
+        for layer in (self.modulation, self.final_modulation, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def prepare(self, x_t, t):
+        """-> tokens [b, n, width], modulation [b, 6, width], RoPE's cos and sin [n, head_dim / 2], and the embedded
+        time [b, time_dim]."""
+        frames, height, width = x_t.shape[2:]
+        x = self.embed(rearrange(x_t, "b c t h w -> b (t h w) c"))
+        angles = rope_angles(frames, height, width, self.head_dim, x.device)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+        frequency = 64 ** (torch.arange(self.time_dim // 2, device=x.device) / (self.time_dim // 2 - 1))
+        phase = t[:, None] * frequency  # at most 64 radians, which float16 still resolves on a phone
+        time = self.time(torch.cat([phase.cos(), phase.sin()], dim=1))
+        modulation = rearrange(self.modulation(time), "b (six width) -> b six width", six=6)
+        return x, modulation, rope, time
+
+    def forward(self, x_t, t, text, masks=None, return_features=False):
+        """x_t: [b, c, t, h, w]; t: [b] in [0, 1], 1 is noise; text: [b, words, width] from `text_encoder`.
+        masks: None, or a dict of {0, 1} tensors, `blocks` [depth], `self_heads` and `cross_heads` [depth, heads],
+        `ffn` [depth, ffn]. -> velocity [b, c, t, h, w], and if asked the tokens [b, n, width] after each block."""
+        x, modulation, rope, time = self.prepare(x_t, t)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation, text, rope, masks and {level: mask[i] for level, mask in masks.items()})
+            features.append(x)
+        shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
+        x = self.out(self.norm(x) * (1 + scale) + shift)
+        velocity = rearrange(x, "b (t h w) c -> b c t h w", **dict(zip("thw", x_t.shape[2:])))
+        return (velocity, features) if return_features else velocity
+
+
+# --------------------------------------------------------------------------------------------------- rectified flow
+
+
+def add_noise(x0, noise, t):
+    """x_t on the straight line from data to noise; t: [b]."""
+    t = t.view(-1, 1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise
+
+
+def flow_loss(dit, x0, noise, t, tokens):
+    velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(tokens))
+    return F.mse_loss(velocity.float(), noise - x0)
+
+
+def guided_velocity(dit, x_t, t, text, empty, cfg):
+    """Classifier-free guidance: away from the velocity without a caption, by a factor; cfg = 1 is the caption alone,
+    for half the evaluations. text, empty: [b, words, width]."""
+    if cfg == 1:
+        return dit(x_t, t, text).float()
+    with_text, without = dit(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, empty])).float().chunk(2)
+    return without + cfg * (with_text - without)
+
+
+@torch.no_grad()
+def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg):
+    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0."""
+    text, empty = dit.text_encoder(tokens), dit.text_encoder(empty_tokens)
+    x, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
+    for t, t_next in zip(times, times[1:]):
+        x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+    return x
+
+
+# --------------------------------------------------------------------------------------------------------- the data
+
+
+class Latents:
+    """latents.pt, normalised to mean 0 and deviation 1 a channel, with the captions as the DiT takes them."""
+
+    def __init__(self, path, device):
+        file = load(path, "latents")
+        self.file, self.device = file, device
+        self.mean, self.std = (file[k].view(-1, 1, 1, 1) for k in ("mean", "std"))
+        n, self.embeddings = file["train_clips"], file["embeddings"]
+        self.x0 = ((file["latents"].float() - self.mean) / self.std).to(device)
+        self.captions, self.test_captions = file["captions"][:n], file["captions"][n:]
+        self.x0, self.test_x0 = self.x0[:n], self.x0[n:]
+        self.vocabulary = ["<pad>", "<unknown>", *sorted({w for c in set(self.captions) for w in words(c)})]
+        self.text_tokens, self.text_dim = max(len(words(c)) for c in set(self.captions)), 0
+        if self.embeddings:
+            self.text_tokens, self.text_dim = next(iter(self.embeddings.values())).shape
+        self.tokens = text_input(self.context(), self.captions).to(device)
+
+    def draw(self, n, g):
+        """n training clips, their captions and fresh noise, all from one generator."""
+        i = torch.randint(len(self.x0), (n,), generator=g).to(self.device)
+        return self.x0[i], self.tokens[i], torch.randn(n, *self.x0.shape[1:], generator=g).to(self.device)
+
+    def context(self):
+        """What a checkpoint needs beside the weights, so that sampling needs no data set."""
+        return dict(vocabulary=self.vocabulary, text_tokens=self.text_tokens, embeddings=self.embeddings,
+                    captions=sorted(set(self.captions)), held_out_captions=self.file["held_out_captions"],
+                    latent_shape=list(self.x0.shape[1:]), latent_mean=self.file["mean"], latent_std=self.file["std"])
+
+
+def logit_normal(n, g, mean=0.0):
+    """Noise levels [n] in (0, 1), most of them in the middle, where the flow is hardest to predict."""
+    return torch.sigmoid(mean + torch.randn(n, generator=g))
+
+
+def load_dit(path, device, *stages):
+    """-> the model in eval mode, and its checkpoint."""
+    checkpoint = load(path, *stages)
+    dit = DiT(**checkpoint["config"])
+    dit.load_state_dict(checkpoint["model"])
+    return dit.to(device).eval().requires_grad_(False), checkpoint
+
+
+def context(checkpoint):
+    """What Latents.context put into a checkpoint, to hand on to the next stage's."""
+    own = ("stage", "config", "model", "metrics", "settings", "history", "timesteps")
+    return {k: v for k, v in checkpoint.items() if k not in own}
+
+
+def main(argv=None):
+    p = parser(__doc__, PRESETS)
+    p.add_argument("--width", type=int, help="channels of a token")
+    p.add_argument("--depth", type=int, help="blocks")
+    p.add_argument("--heads", type=int, help="attention heads a block")
+    p.add_argument("--head-dim", type=int, help="channels of a head")
+    p.add_argument("--ffn", type=int, help="hidden channels of the FFN")
+    p.add_argument("--cfg-dropout", type=float, default=0.1, help="share of captions left empty (default: 0.1)")
+    p.add_argument("--latents", type=Path, help="the data set, from vae.py")
+    p.add_argument("--out", type=Path, help="the trained DiT")
+    training_flags(p)
+    args = parse(p, PRESETS, argv, latents="latents.pt", out="dit.pt")
+    settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
+                                              "batch_size", "lr", "optimizer", "seed")}
+    stop_if_done(args.out, settings, "python prune.py")
+    device, precision = set_up(args)
+    data = Latents(args.latents, device)
+
+    torch.manual_seed(args.seed)
+    dit = DiT(data.x0.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
+              data.text_tokens, data.text_dim).to(device)
+    ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(0.99 if args.preset == "tiny" else 0.9995))
+    optimizer = Optimizer(dit, args, args.steps)
+    loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
+
+    loop = Loop("dit", args, settings, args.steps, model=dit, ema=ema, optimizer=optimizer)
+    for _, g in loop:
+        x0, tokens, noise = data.draw(args.batch_size, g)
+        t = logit_normal(args.batch_size, g).to(device)
+        empty = (torch.rand(args.batch_size, generator=g) < args.cfg_dropout).to(device)
+        tokens[empty] = PAD  # for embeddings of your own: zeros
+        with precision():
+            loss = loss_fn(dit, x0, noise, t, tokens)
+        optimizer.step(loss)
+        ema.update_parameters(dit)
+        loop.log(loss=loss.item())
+
+    metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]),
+                   seconds=loop.seconds)
+    save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics, settings=settings,
+         history=loop.history, **data.context())
+    finish(args, "dit", metrics, "python prune.py", loop)
+
+
+if __name__ == "__main__":
+    main()

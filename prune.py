@@ -1,0 +1,240 @@
+"""KD-guided, sensitivity-aware tri-level pruning: the teacher, cut to less than half its size.
+
+The idea (paper, tri-level pruning). A small DiT trained from scratch makes worse videos, so start from the large
+trained one and cut it at three levels: whole blocks, attention heads, channels of the FFN. Learnable binary masks
+say what stays, knowledge distillation (KD) from the frozen teacher guides them, and what they keep is copied into a
+dense, smaller model that needs no sparse kernels. Stated: 28 blocks -> 20, 32 heads -> 20, FFN 8192 -> 6144,
+2.0 B -> 0.915 B parameters.
+
+    1. sensitivity   how much the loss would change without each unit             one number a unit
+    2. masks         logits start from it; top-k of them is the hard mask;        depth + 2 depth*heads + depth*ffn
+                     k falls from all to the budget while KD trains               numbers of 0 or 1
+                     mask logits and weights together
+    3. cut           copy the kept rows and columns: the same function            a DiT with a smaller config
+    4. recovery      train the small model under KD
+
+Our reading: first-order Taylor sensitivity, straight-through gradients, a cubic budget schedule, one count of heads
+and channels for all blocks (so that one config describes the model), and the same weight for the three losses.
+
+    python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, pruned.pt
+    python prune.py --levels heads --criterion random --kd none --run runs/ablation --dit runs/tiny/dit.pt
+"""
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dit import PAD, DiT, Latents, add_noise, context, load_dit, logit_normal
+from vae import Loop, Optimizer, count, fail, finish, parse, parser, save, set_up, stop_if_done, training_flags
+
+PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
+    "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=120, steps=300, batch_size=64, lr=0.01, optimizer="muon"),
+    "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
+                optimizer="muon"),
+    "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256, lr=5e-5,
+                   optimizer="adamw"),
+    "server": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256, lr=5e-5,
+                   optimizer="adamw"),
+}
+LEVELS = {"blocks": ["blocks"], "heads": ["self_heads", "cross_heads"], "ffn": ["ffn"]}  # level -> its masks
+
+# -------------------------------------------------------------------------------------------------------- the masks
+
+
+def full_masks(config):
+    """All units kept: `blocks` [depth], `self_heads` and `cross_heads` [depth, heads], `ffn` [depth, ffn]."""
+    depth, heads = config["depth"], config["heads"]
+    return {"blocks": torch.ones(depth), "self_heads": torch.ones(depth, heads),
+            "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
+
+
+def sensitivity(dit, criterion, batches):
+    """One score a unit, in the masks' shapes; higher means keep. batches: a list of (x0, tokens, noise, t).
+
+    taylor, and where learned masks start: |d loss / d mask|, the first-order estimate of what cutting the unit
+    costs, averaged over batches. magnitude: the norm of the weights that cutting removes. random: a baseline."""
+    masks = {name: m.to(batches[0][0].device) for name, m in full_masks(dit.config).items()}
+    if criterion == "random":
+        g = torch.Generator().manual_seed(0)
+        return {name: torch.rand(m.shape, generator=g).to(m.device) for name, m in masks.items()}
+    if criterion == "magnitude":
+        heads = dit.config["heads"]
+
+        def head_norms(attention):  # of the columns of the output projection that read this head
+            return rearrange(attention.out.weight, "o (heads d) -> heads (o d)", heads=heads).norm(dim=1)
+
+        return {"blocks": torch.stack([torch.stack([p.norm() for p in b.parameters()]).norm() for b in dit.blocks]),
+                "self_heads": torch.stack([head_norms(b.self_attention) for b in dit.blocks]),
+                "cross_heads": torch.stack([head_norms(b.cross_attention) for b in dit.blocks]),
+                "ffn": torch.stack([b.feed_forward.down.weight.norm(dim=0) for b in dit.blocks])}
+    scores = {name: torch.zeros_like(m) for name, m in masks.items()}
+    for x0, tokens, noise, t in batches:
+        for m in masks.values():
+            m.requires_grad_(True)
+        velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(tokens), masks)
+        loss = F.mse_loss(velocity, noise - x0)
+        for name, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values()))):
+            scores[name] += gradient.abs() / len(batches)
+    return scores
+
+
+class Masks(nn.Module):
+    """Learnable binary masks: one logit a unit, of which the `keep` largest in each row are on."""
+
+    def __init__(self, scores, keep):
+        """scores: where the logits start, standardised a row; keep: {mask: units to keep a row} of what is cut."""
+        super().__init__()
+        self.keep = keep
+        self.logits = nn.ParameterDict({name: (s - s.mean(-1, keepdim=True)) / (s.std(-1, correction=0, keepdim=True) + 1e-12)
+                                        for name, s in scores.items()})
+
+    def forward(self, progress=1.0):
+        """The masks when a share `progress` of the schedule is over: k falls from all units to the budget, fast at
+        first. Hard {0, 1} forward; backward the gradient of a sigmoid (straight-through), so that units that are off
+        learn too, and may come back."""
+        masks = {}
+        for name, logits in self.logits.items():
+            units = logits.shape[-1]
+            k = round(self.keep[name] + (units - self.keep[name]) * (1 - progress) ** 3)
+            hard = torch.zeros_like(logits).scatter(-1, logits.topk(k, dim=-1).indices, 1.0)
+            soft = torch.sigmoid(logits)
+            masks[name] = hard + soft - soft.detach()
+        return masks
+
+
+def cut(dit, masks):
+    """The dense model that computes what `dit` computes under these masks [all {0, 1}, full_masks' shapes]."""
+    kept = {name: [row.nonzero().flatten() for row in m.reshape(len(dit.blocks), -1)] for name, m in masks.items()}
+    blocks = masks["blocks"].nonzero().flatten().tolist()
+    config = dict(dit.config, depth=len(blocks), heads=len(kept["self_heads"][0]), ffn=len(kept["ffn"][0]))
+    dense, d = DiT(**config), dit.head_dim
+    dense.load_state_dict({k: v for k, v in dit.state_dict().items() if not k.startswith("blocks.")}, strict=False)
+    for new, i in zip(dense.blocks, blocks):
+        state = dict(dit.blocks[i].state_dict())
+        for attention, name in ("self_attention", "self_heads"), ("cross_attention", "cross_heads"):
+            rows = (kept[name][i][:, None] * d + torch.arange(d, device=kept[name][i].device)).flatten()
+            both = torch.cat([rows, rows + dit.config["heads"] * d])  # the keys, then the values
+            state[f"{attention}.q.weight"] = state[f"{attention}.q.weight"][rows]
+            state[f"{attention}.kv.weight"] = state[f"{attention}.kv.weight"][both]
+            state[f"{attention}.out.weight"] = state[f"{attention}.out.weight"][:, rows]
+        state["feed_forward.up.weight"] = state["feed_forward.up.weight"][kept["ffn"][i]]
+        state["feed_forward.down.weight"] = state["feed_forward.down.weight"][:, kept["ffn"][i]]
+        new.load_state_dict(state)
+    return dense.to(next(dit.parameters()).device)
+
+
+# ------------------------------------------------------------------------------------------- knowledge distillation
+
+
+def kd_loss(student, teacher, batch, kd, masks=None, kept=None):
+    """The flow-matching loss, plus the teacher's velocity (`output`), plus its tokens after the blocks that stay,
+    each relative to their size (`features`). kept: the teacher's block behind each of the student's."""
+    x0, tokens, noise, t = batch
+    x_t = add_noise(x0, noise, t)
+    with torch.no_grad():
+        target, target_features = teacher(x_t, t, teacher.text_encoder(tokens), return_features=True)
+    velocity, features = student(x_t, t, student.text_encoder(tokens), masks, return_features=True)
+    loss = F.mse_loss(velocity.float(), noise - x0)
+    if "output" in kd:
+        loss = loss + F.mse_loss(velocity.float(), target.float())
+    if "features" in kd:
+        pairs = [(features[i] if masks else features[j], target_features[i]) for j, i in enumerate(kept)]
+        loss = loss + sum((f - g).square().mean() / g.square().mean() for f, g in pairs) / len(pairs)
+    return loss
+
+
+def draw(data, n, g, empty_share=0.1):
+    """A batch for the losses: clips, captions (a tenth empty, since the small model is guided too), noise, levels."""
+    x0, tokens, noise = data.draw(n, g)
+    tokens[(torch.rand(n, generator=g) < empty_share).to(tokens.device)] = PAD
+    return x0, tokens, noise, logit_normal(n, g).to(x0.device)
+
+
+def main(argv=None):
+    p = parser(__doc__, PRESETS)
+    p.add_argument("--blocks", type=int, help="blocks to keep")
+    p.add_argument("--heads", type=int, help="heads to keep in each attention of each block")
+    p.add_argument("--ffn", type=int, help="FFN channels to keep in each block")
+    p.add_argument("--levels", default="blocks,heads,ffn", help="levels to prune (default: blocks,heads,ffn)")
+    p.add_argument("--criterion", default="learned", choices=["learned", "taylor", "magnitude", "random"],
+                   help="what decides: learned masks, or the top of a fixed score (default: learned)")
+    p.add_argument("--kd", default="output,features", help="output, features, both, or none (default: both)")
+    p.add_argument("--mask-steps", type=int, help="steps of learning the masks, before --steps of recovery")
+    p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
+    p.add_argument("--latents", type=Path, help="the data set, from vae.py")
+    p.add_argument("--masks", type=Path, help="the learned masks (default: RUN/masks.pt)")
+    p.add_argument("--out", type=Path, help="the pruned DiT")
+    training_flags(p)
+    args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", masks="masks.pt", out="pruned.pt")
+    levels = args.levels.split(",")
+    kd = {"both": ["output", "features"], "none": []}.get(args.kd, args.kd.split(","))
+    if unknown := (set(levels) - set(LEVELS)) | (set(kd) - {"output", "features"}):
+        fail(f"{', '.join(sorted(unknown))}: --levels takes blocks, heads, ffn and --kd output, features, both, none")
+    settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
+                                              "steps", "batch_size", "lr", "optimizer", "seed")}
+    stop_if_done(args.out, settings, "python distill.py")
+    device, precision = set_up(args)
+    teacher, checkpoint = load_dit(args.dit, device, "dit")
+    data = Latents(args.latents, device)
+    for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
+            "ffn", teacher.config["ffn"]):
+        if not 0 < getattr(args, level) <= have:
+            fail(f"--{level} {getattr(args, level)}: the teacher has {have}, keep 1 to {have}")
+
+    # 1. sensitivity, 2. masks: learned together with the weights, under KD
+    batches = [draw(data, args.batch_size, torch.Generator().manual_seed(-1 - i)) for i in range(8)]
+    scores = sensitivity(teacher, args.criterion, batches)
+    keep = {name: getattr(args, level) if level in levels else scores[name].shape[-1]
+            for level, names in LEVELS.items() for name in names}
+    student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
+    optimizer = Optimizer(student, args, args.mask_steps)
+    mask_optimizer = torch.optim.Adam(masks.parameters(), lr=0.05 if args.criterion == "learned" else 0.0)
+    loop = Loop("masks", args, settings, args.mask_steps, student=student, masks=masks, optimizer=optimizer,
+                mask_optimizer=mask_optimizer)
+    for step, g in loop:
+        now = masks(progress=min(1, step / (0.7 * args.mask_steps)))  # the last third at the budget
+        kept = now["blocks"].nonzero().flatten().tolist()
+        with precision():
+            loss = kd_loss(student, teacher, draw(data, args.batch_size, g), kd, now, kept)
+        mask_optimizer.zero_grad()
+        optimizer.step(loss)
+        mask_optimizer.step()
+        loop.log(loss=loss.item())
+
+    # 3. cut: the dense model computes what the masked one computes
+    final = {name: m.detach().round() for name, m in masks().items()}
+    dense = cut(student, final)
+    kept = final["blocks"].nonzero().flatten().tolist()
+    x0, tokens, noise, t = batches[0]
+    with torch.no_grad():
+        masked = student(add_noise(x0, noise, t), t, student.text_encoder(tokens), final)
+        difference = (dense(add_noise(x0, noise, t), t, dense.text_encoder(tokens)) - masked).abs().max().item()
+
+    # 4. recovery
+    ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    optimizer = Optimizer(dense, args, args.steps)
+    recovery = Loop("prune", args, settings, args.steps, dense=dense, ema=ema, optimizer=optimizer)
+    for _, g in recovery:
+        with precision():
+            loss = kd_loss(dense, teacher, draw(data, args.batch_size, g), kd, kept=kept)
+        optimizer.step(loss)
+        ema.update_parameters(dense)
+        recovery.log(loss=loss.item())
+
+    metrics = dict(params=count(dense), params_ratio=count(dense) / count(teacher), blocks=dense.config["depth"],
+                   heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference,
+                   seconds=loop.seconds + recovery.seconds)
+    save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=final, scores=scores,
+         metrics=metrics)
+    history = {**{f"masks_{k}": v for k, v in loop.history.items()}, **recovery.history}
+    save(args.out, stage="pruned", config=dense.config, model=ema.module.state_dict(), metrics=metrics,
+         settings=settings, history=history, **context(checkpoint))
+    finish(args, "prune", metrics, "python distill.py", loop, recovery)
+
+
+if __name__ == "__main__":
+    main()

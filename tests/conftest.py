@@ -1,0 +1,40 @@
+"""A micro run of the whole chain, made once through the scripts' own command lines; the tests read its files."""
+import pytest
+import torch
+
+import distill
+import dit
+import prune
+import vae
+
+torch.manual_seed(0)
+MICRO = {  # stage -> (its main, flags that make it tiny)
+    "vae": (vae.main, "--size 5x16x16 --width 16 --clips 96 --steps 6 --batch-size 4"),
+    "dit": (dit.main, "--width 32 --depth 3 --heads 4 --head-dim 16 --ffn 64 --steps 6 --batch-size 8"),
+    "prune": (prune.main, "--blocks 2 --heads 2 --ffn 48 --mask-steps 4 --steps 4 --batch-size 8"),
+    "distill": (distill.main, "--frozen-blocks 1 --teacher-steps 2 --steps 4 --batch-size 8"),
+}
+
+
+def train(stage, run, *more):
+    """Runs one stage as the command line would: run is the folder, more are further flags."""
+    main, flags = MICRO[stage]
+    main([*flags.split(), "--run", str(run), "--device", "cpu", *more])
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for stage in MICRO:
+        train(stage, run)
+    return run
+
+
+@pytest.fixture
+def micro_dit():
+    """A DiT of 3 blocks whose weights are all away from zero, so that nothing is equal by accident."""
+    torch.manual_seed(0)
+    model = dit.DiT(latent_channels=4, width=32, depth=3, heads=4, head_dim=16, ffn=64, vocabulary=10, text_tokens=5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()

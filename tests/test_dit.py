@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+import dit
+
+
+def inputs(b=2):
+    torch.manual_seed(1)
+    return torch.randn(b, 4, 2, 3, 3), torch.rand(b), torch.randint(2, 10, (b, 5))
+
+
+def test_cfg_1_is_the_conditional_model_and_other_scales_extrapolate(micro_dit):
+    x, t, tokens = inputs()
+    text, empty = micro_dit.text_encoder(tokens), micro_dit.text_encoder(torch.zeros_like(tokens))
+    conditional, unconditional = micro_dit(x, t, text), micro_dit(x, t, empty)
+    torch.testing.assert_close(dit.guided_velocity(micro_dit, x, t, text, empty, 1), conditional)
+    torch.testing.assert_close(dit.guided_velocity(micro_dit, x, t, text, empty, 1 + 1e-9), conditional)
+    torch.testing.assert_close(dit.guided_velocity(micro_dit, x, t, text, empty, 0), unconditional)
+    torch.testing.assert_close(dit.guided_velocity(micro_dit, x, t, text, empty, 3),
+                               unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-4)
+
+
+def test_the_velocity_depends_on_noise_time_and_text(micro_dit):
+    x, t, tokens = inputs()
+    text = micro_dit.text_encoder(tokens)
+    v = micro_dit(x, t, text)
+    assert v.shape == x.shape
+    assert not torch.allclose(v, micro_dit(x + 0.1, t, text))
+    assert not torch.allclose(v, micro_dit(x, t / 2, text))
+    assert not torch.allclose(v, micro_dit(x, t, micro_dit.text_encoder(tokens.flip(1))))
+
+
+def test_attention_is_full_3d_every_token_reaches_every_other(micro_dit):
+    x, t, tokens = inputs(1)
+    x.requires_grad_(True)
+    v = micro_dit(x, t, micro_dit.text_encoder(tokens))
+    gradient, = torch.autograd.grad(v[0, 0, 1, 2, 2], x)
+    assert (gradient[0].abs().sum(0) > 0).all()
+
+
+def test_rope_makes_attention_depend_on_relative_positions_in_time_height_and_width():
+    angles = dit.rope_angles(4, 4, 4, 16, "cpu").view(4, 4, 4, 8)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(at_q, at_k):
+        rope = [(angles[at].cos(), angles[at].sin()) for at in (at_q, at_k)]
+        return (dit.rotate(q, rope[0]) * dit.rotate(k, rope[1])).sum()
+
+    reference = score((0, 0, 0), (1, 2, 1))
+    torch.testing.assert_close(score((2, 1, 2), (3, 3, 3)), reference)
+    for other in (2, 2, 1), (1, 3, 1), (1, 2, 2):
+        assert not torch.allclose(score((0, 0, 0), other), reference)
+
+
+def test_the_flow_goes_from_noise_to_data_along_a_straight_line():
+    x0, noise = torch.randn(2, 1, 4, 2, 3, 3)
+    torch.testing.assert_close(dit.add_noise(x0, noise, torch.tensor([0.0])), x0)
+    torch.testing.assert_close(dit.add_noise(x0, noise, torch.tensor([1.0])), noise)
+
+    class Perfect(torch.nn.Module):  # knows the velocity, so any number of steps ends at the data
+        text_encoder = torch.nn.Identity()
+
+        def forward(self, x_t, t, text):
+            return (noise - x0).expand_as(x_t)
+
+    tokens = torch.zeros(1, 5)
+    for steps in 1, 7:
+        torch.testing.assert_close(dit.sample_euler(Perfect(), noise, tokens, tokens, steps, 3.0), x0)
+    assert dit.flow_loss(Perfect(), x0, noise, torch.tensor([0.3]), tokens) < 1e-12
+
+
+def test_a_new_model_is_the_zero_function_and_its_blocks_the_identity():
+    model = dit.DiT(4, 32, 2, 4, 16, 64, vocabulary=10, text_tokens=5)
+    x, t, tokens = inputs()
+    v, features = model(x, t, model.text_encoder(tokens), return_features=True)
+    assert v.abs().max() == 0 and torch.equal(features[0], features[1])
+
+
+def test_unknown_words_are_named_and_ignored(capsys):
+    vocabulary = ["<pad>", "<unknown>", "a", "red", "circle"]
+    tokens = dit.tokenize(["A red, CIRCLE", "a turquoise circle"], vocabulary, 5)
+    assert tokens.tolist() == [[2, 3, 4, 0, 0], [2, 1, 4, 0, 0]]
+    assert "turquoise" in capsys.readouterr().err
+
+
+def test_the_paper_sizes_have_the_stated_number_of_parameters():
+    def params(preset):
+        p = dit.PRESETS[preset]
+        with torch.device("meta"):
+            model = dit.DiT(128, p["width"], p["depth"], p["heads"], p["head_dim"], p["ffn"], 0, 256, text_dim=4096)
+        return sum(x.numel() for x in model.parameters())
+
+    assert params("server") == pytest.approx(2.0e9, rel=0.05)  # stated: 2.0 B
+    assert params("mobile") == pytest.approx(0.915e9, rel=0.07)  # stated: 0.915 B; ours prunes cross-attention too

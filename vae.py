@@ -1,0 +1,698 @@
+"""A causal video VAE with a high compression ratio: clips of pixels in, a small grid of latents out.
+
+The idea (paper, high-compression video VAE). Full 3D attention costs O((t·h·w)^2), so the cheapest way to make a
+video transformer fast is to give it fewer tokens. The paper compares ratios from 4x16x16 to 8x64x64
+(time x height x width) and settles on 8x32x32; `--ratio` takes any of them, and 4x8x8 for the tiny preset.
+
+    pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]
+       |  space to depth, then one stage for each further halving; the last stages halve time as well
+    latents  [b, c, 1 + k, h/rs, w/rs]  mean and log-variance of a diagonal Gaussian
+       |  the mirror image
+    pixels   [b, 3, 1 + k*rt, h, w]
+
+Causal means that no latent frame sees a later pixel frame: every convolution pads time in front only. So the
+first frame is encoded alone, a picture is a video of one frame, and lengths are 1 + a multiple of rt.
+The sources state the ratios and the PSNR they reach; the layers, the widths and the losses below are our reading.
+
+    python vae.py                           # trains on the built-in `shapes`  -> runs/tiny/vae.pt, latents.pt
+    python vae.py --data my_clips --run runs/mine      # name.mp4 beside name.txt (and, if you like, name.npy)
+
+Reading order: the data, the model, the loss and the loop, and last the kit that the other five scripts share.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+PRESETS = {
+    "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=16, width=48, blocks=1,
+                 clips=6144, steps=1600, batch_size=8, lr=0.02, kl=1e-4, optimizer="muon"),
+    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=96, blocks=2,
+                clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon"),
+    "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
+                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw"),
+    "server": dict(size="121x576x1024", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
+                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw"),
+}
+
+# ---------------------------------------------------------------------------------------------- the data: shapes
+
+COLORS = {"red": (.9, .1, .1), "green": (.1, .9, .1), "blue": (.1, .1, .9),
+          "yellow": (.9, .9, .1), "magenta": (.9, .1, .9), "cyan": (.1, .9, .9)}
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+TEST_CLIPS = 512
+
+
+def shape_coverage(x, y, radius):
+    """How much of each pixel every shape covers, anti-aliased: [..., shapes] in [0, 1].
+
+    x, y: distance to the shape's centre in pixels; radius in pixels. From signed distances, a pixel wide."""
+    ax, ay, r = x.abs(), y.abs(), radius
+    circle = torch.hypot(x, y) - r
+    square = torch.maximum(ax, ay) - 0.87 * r
+    triangle = torch.maximum(y - 0.6 * r, 0.866 * ax - 0.5 * y - 0.6 * r)
+    cross = torch.minimum(torch.maximum(ax - r, ay - 0.38 * r), torch.maximum(ay - r, ax - 0.38 * r))
+    return (0.5 - torch.stack([circle, square, triangle, cross], -1)).clamp(0, 1)
+
+
+class Shapes:
+    """Rendered clips of one moving shape; the caption names colour, shape and direction, and nothing else.
+
+    Clip i is a fixed function of (seed, i). One combination in eight is held out of training, chosen so that every
+    pair (colour, shape), (shape, direction), (colour, direction) is still seen: scoring them shows composition."""
+
+    def __init__(self, frames, height, width, clips, seed):
+        self.size = frames, height, width
+        grid = torch.cartesian_prod(*(torch.arange(len(n)) for n in (COLORS, SHAPES, DIRECTIONS)))
+        is_held_out = (grid[:, 0] + 2 * grid[:, 1] + 3 * grid[:, 2]) % 8 == 0
+        # Two independent streams, so that asking for more training clips leaves the test clips as they are.
+        g, g_test = (torch.Generator().manual_seed(2 * seed + s) for s in (0, 1))
+        seen = grid[~is_held_out]
+        train, test = seen[torch.randint(len(seen), (clips,), generator=g)], grid[torch.arange(TEST_CLIPS) % len(grid)]
+        self.combos = torch.cat([train, test])
+        self.random = torch.cat([torch.rand(clips, 8, generator=g), torch.rand(TEST_CLIPS, 8, generator=g_test)])
+        self.train, self.test = range(clips), range(clips, clips + TEST_CLIPS)
+        self.held_out_captions = sorted(self.caption(c) for c in grid[is_held_out])
+        self.captions = [self.caption(c) for c in self.combos]
+        self.embeddings = None
+
+    @staticmethod
+    def caption(combo):
+        color, shape, direction = combo.tolist()
+        return f"a {list(COLORS)[color]} {SHAPES[shape]} moving {list(DIRECTIONS)[direction]}"
+
+    def clip(self, indices):
+        """Renders clips: [b, 3, t, h, w] in [-1, 1]."""
+        (t, h, w), combos, u = self.size, self.combos[indices], self.random[indices][:, :, None, None, None]
+        small = min(h, w)
+        radius = small * (0.16 + 0.08 * u[:, 0])
+        heading = torch.tensor(list(DIRECTIONS.values()))[combos[:, 2]].float()
+        path = small * (0.22 + 0.2 * u[:, 1]) * torch.linspace(-0.5, 0.5, t)[:, None, None]  # speed, in pixels a clip
+
+        def centre(u, extent, along):  # a random place such that the whole path lies inside the picture
+            along = along[:, None, None, None]
+            room = extent - 2 * radius - (path.amax(1, keepdim=True) * 2) * along.abs()
+            return extent / 2 + (u - 0.5) * room + path * along
+
+        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+        cover = shape_coverage(x - centre(u[:, 2], w, heading[:, 0]), y - centre(u[:, 3], h, heading[:, 1]), radius)
+        cover = cover.gather(-1, combos[:, 1, None, None, None, None].expand(*cover.shape[:-1], 1))
+        # A grey gradient behind: grey, so that the colour of a pixel alone tells shape from background.
+        tilt = 0.3 * ((u[:, 4] - 0.5) * (x / w - 0.5) + (u[:, 5] - 0.5) * (y / h - 0.5))
+        ground = (0.15 + 0.3 * u[:, 6] + tilt)[..., None]
+        color = torch.tensor(list(COLORS.values()))[combos[:, 0]][:, None, None, None]
+        return rearrange(cover * color + (1 - cover) * ground, "b t h w c -> b c t h w") * 2 - 1
+
+
+# ------------------------------------------------------------------------------------- the data: a folder of clips
+
+
+class Folder:
+    """Windows of real clips: whatever FFmpeg decodes, `name.mp4` with its caption in `name.txt`, centre-cropped and
+    resized. The last tenth of each clip (one window at least) is never trained on. `name.npy`, [tokens, dim] float,
+    is an optional embedding of the caption by an encoder of your own. Unusable files are named and skipped."""
+
+    def __init__(self, folder, frames, height, width, clips, stride):
+        self.size, self.stride, self.videos = (frames, height, width), stride, []
+        span = (frames - 1) * stride + 1
+        windows, names, embeddings = {"train": [], "test": []}, [], {}
+        for path in tqdm(sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md")),
+                         desc="reading clips", disable=None):
+            try:
+                caption = path.with_suffix(".txt").read_text(encoding="utf-8").split()
+                if not caption:
+                    raise ValueError("its caption is empty")
+                video = np.stack([self.fit(f, height, width) for f in iio.imiter(path, plugin="pyav", format="rgb24")])
+                if len(video) < 2 * span:
+                    raise ValueError(f"{len(video)} frames: two windows of {span} are the least")
+                if path.with_suffix(".npy").exists():
+                    embeddings[" ".join(caption)] = torch.from_numpy(np.load(path.with_suffix(".npy"))).float()
+            except Exception as error:  # PyAV raises dozens of kinds; a clip that cannot be used is skipped by name
+                print(f"skipped {path.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            cut = len(video) - max(span, len(video) // 10)
+            windows["train"] += [(len(self.videos), s) for s in range(cut - span + 1)]
+            windows["test"] += [(len(self.videos), s) for s in range(cut, len(video) - span + 1)]
+            self.videos.append(torch.from_numpy(video))
+            names.append(" ".join(caption))
+        if not self.videos:
+            fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 and frog.txt")
+        if embeddings and len({e.shape for e in embeddings.values()} | {len(set(names))}) != 2:
+            fail("the .npy embeddings must all have one shape [tokens, dim], and every clip needs one")
+        for split, most in ("train", clips), ("test", TEST_CLIPS):  # evenly thinned to what was asked for
+            keep = np.linspace(0, len(windows[split]) - 1, min(most, len(windows[split]))).round().astype(int)
+            windows[split] = [windows[split][i] for i in keep]
+        self.windows = windows["train"] + windows["test"]
+        self.train = range(len(windows["train"]))
+        self.test = range(len(windows["train"]), len(self.windows))
+        self.captions = [names[v] for v, _ in self.windows]
+        self.held_out_captions, self.embeddings = [], embeddings or None
+
+    @staticmethod
+    def fit(frame, height, width):
+        """[h, w, 3] uint8 -> [3, height, width] uint8: resized to cover, then centre-cropped."""
+        x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+        scale = max(height / x.shape[2], width / x.shape[3])
+        size = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)[0]
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        return x[:, top:top + height, left:left + width].round().byte().numpy()
+
+    def clip(self, indices):
+        t, s = self.size[0], self.stride
+        picked = [self.videos[v][start:start + (t - 1) * s + 1:s] for v, start in (self.windows[i] for i in indices)]
+        return rearrange(torch.stack(picked), "b t c h w -> b c t h w").float() / 127.5 - 1
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over one dimension (paper: RMSNorm throughout, for memory on the phone). Written out, since
+    torch.rms_norm has no Core ML counterpart. Statistics of one position only, so it cannot leak the future."""
+
+    def __init__(self, dim, axis=-1, affine=True):
+        super().__init__()
+        self.axis = axis
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6)
+        if self.weight is None:
+            return x
+        return x * (self.weight if self.axis == -1 else self.weight.view(-1, *[1] * (x.ndim - 2)))
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution whose output frame t sees input frames <= t * stride: the first frame is repeated in front
+    instead of padding at both ends. kernel: (time, height, width), odd."""
+
+    def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
+        super().__init__(c_in, c_out, kernel, stride=stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x):
+        return super().forward(torch.cat([x[:, :, :1]] * (self.kernel_size[0] - 1) + [x], dim=2))
+
+
+class ResBlock(nn.Module):
+    """A 3x3 convolution over the picture, then one over three frames: a fifth of the cost of two full ones."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.conv1 = RMSNorm(channels, 1), CausalConv3d(channels, channels, (1, 3, 3))
+        self.norm2, self.conv2 = RMSNorm(channels, 1), CausalConv3d(channels, channels, (3, 1, 1))
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def match_channels(x, channels):
+    """Averages groups of channels, or repeats them all, until there are as many as asked for."""
+    if x.shape[1] > channels:
+        return reduce(x, "b (group c) t h w -> b c t h w", "mean", c=channels)
+    return torch.cat([x] * (channels // x.shape[1]), dim=1)
+
+
+class Downsample(nn.Module):
+    """Space (and time) to channels, beside a strided convolution. The shortcut has no weights, so the untrained
+    autoencoder already passes a blurred clip through; at these ratios training hardly starts without it
+    (the residual autoencoding of DC-AE, arXiv 2410.10733)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.stride, self.c_out, self.conv = stride, c_out, CausalConv3d(c_in, c_out, stride=stride)
+
+    def forward(self, x):
+        pt, ph, pw = self.stride
+        shortcut = torch.cat([x[:, :, :1]] * (pt - 1) + [x], dim=2)
+        shortcut = rearrange(shortcut, "b c (t pt) (h ph) (w pw) -> b (pt ph pw c) t h w", pt=pt, ph=ph, pw=pw)
+        return self.conv(x) + match_channels(shortcut, self.c_out)
+
+
+class Upsample(nn.Module):
+    """Channels to space (and time). The first frame stands for itself alone, so the copies that would come before
+    it are dropped: k frames become 1 + (k - 1) * stride."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.stride, self.conv = stride, CausalConv3d(c_in, c_out * math.prod(stride), (1, 1, 1))
+
+    def forward(self, x):
+        pt, ph, pw = self.stride
+        x = self.conv(x) + match_channels(x, self.conv.out_channels)
+        x = rearrange(x, "b (pt ph pw c) t h w -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
+        return x[:, :, pt - 1:]
+
+
+class VAE(nn.Module):
+    """ratio: (time, height, width) compression, powers of two; width: channels of the first stage;
+    blocks: residual blocks a stage."""
+
+    def __init__(self, ratio=(4, 8, 8), latent_channels=16, width=64, blocks=1):
+        super().__init__()
+        rt, rs, rw = ratio
+        if rs != rw or rt not in (1, 2, 4, 8) or rs not in (8, 16, 32, 64):
+            raise ValueError(f"ratio {rt}x{rs}x{rw}: time is 1, 2, 4 or 8, height = width is 8, 16, 32 or 64")
+        self.config = dict(ratio=ratio, latent_channels=latent_channels, width=width, blocks=blocks)
+        self.ratio, self.patch = ratio, 4  # the first two halvings are free: pixels into channels
+        space, time = int(math.log2(rs // self.patch)), int(math.log2(rt))
+        stages = max(space, time)
+        halves = [(i >= stages - time, i >= stages - space) for i in range(stages)]  # the last ones, of time and space
+        strides = [(1 + t, 1 + s, 1 + s) for t, s in halves]
+        c = [width * min(2 ** i, 4) for i in range(stages + 1)]
+        pixels = 3 * self.patch ** 2
+
+        down, up = [CausalConv3d(pixels, c[0], (1, 3, 3))], [Upsample(latent_channels, c[-1], (1, 1, 1))]
+        for i in range(stages):
+            down += [ResBlock(c[i]) for _ in range(blocks)] + [Downsample(c[i], c[i + 1], strides[i])]
+        down += [ResBlock(c[-1]) for _ in range(blocks)] + [Downsample(c[-1], 2 * latent_channels, (1, 1, 1))]
+        for i in reversed(range(stages)):
+            up += [ResBlock(c[i + 1]) for _ in range(blocks)] + [Upsample(c[i + 1], c[i], strides[i])]
+        up += [ResBlock(c[0]) for _ in range(blocks)]
+        up += [RMSNorm(c[0], 1), nn.SiLU(), CausalConv3d(c[0], pixels, (1, 3, 3))]
+        self.encoder, self.decoder = nn.Sequential(*down), nn.Sequential(*up)
+        # At log-variance 0 unit noise drowns an untrained mean: start the posterior narrow.
+        nn.init.constant_(self.encoder[-1].conv.bias[latent_channels:], -6.0)
+
+    def encode(self, x):
+        """[b, 3, 1 + k*rt, h, w] -> mean and logvar, each [b, c, 1 + k, h/rs, w/rs]."""
+        p = self.patch
+        x = rearrange(x, "b c t (h ph) (w pw) -> b (c ph pw) t h w", ph=p, pw=p)
+        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        return mean, logvar.clamp(-20, 10)
+
+    def decode(self, z):
+        """[b, c, 1 + k, h/rs, w/rs] -> [b, 3, 1 + k*rt, h, w]."""
+        p = self.patch
+        return rearrange(self.decoder(z), "b (c ph pw) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
+
+
+def vae_loss(vae, x, noise, kl_weight):
+    """Reconstruction and KL divergence to N(0, 1), both means over elements; noise has the latents' shape."""
+    mean, logvar = vae.encode(x)
+    recon = vae.decode(mean + noise * (0.5 * logvar).exp()).float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    mse = F.mse_loss(recon, x)
+    return mse + kl_weight * kl, mse
+
+
+@torch.no_grad()
+def psnr(vae, clips, precision):
+    """Mean over clips of the peak signal-to-noise ratio in dB; clips: an iterable of [b, 3, t, h, w] in [-1, 1]."""
+    values = []
+    for x in clips:
+        with precision():
+            recon = vae.decode(vae.encode(x)[0]).float().clamp(-1, 1)
+        values.append(10 * torch.log10(4 / (recon - x).square().mean((1, 2, 3, 4))))
+    return torch.cat(values).mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------- the training
+
+
+def main(argv=None):
+    p = parser(__doc__, PRESETS)
+    p.add_argument("--data", default="shapes", help="`shapes`, or a folder of name.mp4 + name.txt (default: shapes)")
+    p.add_argument("--size", type=dims, help="frames x height x width of a clip, in pixels")
+    p.add_argument("--ratio", type=dims, help="compression, time x height x width: 4x16x16, 8x32x32, 8x64x64, ...")
+    p.add_argument("--stride", type=int, default=2, help="take every n-th frame of a real clip (default: 2)")
+    p.add_argument("--clips", type=int, help="rendered clips, or windows of real ones, to train on")
+    p.add_argument("--latent-channels", type=int, help="channels of a latent")
+    p.add_argument("--width", type=int, help="channels of the first stage")
+    p.add_argument("--blocks", type=int, help="residual blocks a stage")
+    p.add_argument("--kl", type=float, help="weight of the KL divergence")
+    p.add_argument("--out", type=Path, help="the trained autoencoder (default: RUN/vae.pt)")
+    p.add_argument("--latents", type=Path, help="the data set's latents (default: RUN/latents.pt)")
+    training_flags(p)
+    args = parse(p, PRESETS, argv, out="vae.pt", latents="latents.pt")
+    check_size(args.size, args.ratio)
+    settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
+                                              "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
+    stop_if_done(args.latents, settings, "python dit.py")
+
+    device, precision = set_up(args, cpu_bf16=True)
+    if args.data == "shapes":
+        data = Shapes(*args.size, args.clips, args.seed)
+    elif Path(args.data).is_dir():
+        data = Folder(args.data, *args.size, args.clips, args.stride)
+    else:
+        fail(f"--data {args.data} is neither `shapes` nor a folder")
+    test_clips = [data.clip(list(data.test[i:i + 16])) for i in range(0, len(data.test), 16)]
+
+    torch.manual_seed(args.seed)
+    try:
+        vae = VAE(args.ratio, args.latent_channels, args.width, args.blocks)
+    except ValueError as error:
+        fail(str(error))
+    vae.to(device, memory_format=torch.channels_last_3d)
+    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    optimizer = Optimizer(vae, args, args.steps)
+    loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
+
+    loop = Loop("vae", args, settings, args.steps, model=vae, ema=ema, optimizer=optimizer)
+    for _, g in loop:
+        x = data.clip(torch.randint(len(data.train), (args.batch_size,), generator=g).tolist()).to(device)
+        z_shape = latent_shape(args.size, args.ratio, args.latent_channels)
+        noise = torch.randn(args.batch_size, *z_shape, generator=g).to(device)
+        with precision():
+            loss, mse = loss_fn(vae, x, noise, args.kl)
+        optimizer.step(loss)
+        ema.update_parameters(vae)
+        loop.log(loss=loss.item(), psnr_db=10 * math.log10(4 / mse.item()))
+
+    vae = ema.module.eval()
+    metrics = dict(psnr_db=psnr(vae, (x.to(device) for x in test_clips), precision), params=count(vae),
+                   compression=list(args.ratio), latent_channels=args.latent_channels, seconds=loop.seconds)
+    save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics, settings=settings,
+         history=loop.history)
+
+    # The data set, once, as latents: no later stage touches pixels.
+    latents = []
+    everything = list(data.train) + list(data.test)
+    with torch.no_grad():
+        for i in tqdm(range(0, len(everything), 64), desc="encoding", disable=None):
+            with precision():
+                latents.append(vae.encode(data.clip(everything[i:i + 64]).to(device))[0].half().cpu())
+    latents = torch.cat(latents)
+    train = latents[:len(data.train)].float()
+    save(args.latents, stage="latents", config=dict(size=args.size, ratio=args.ratio, data=args.data),
+         settings=settings, metrics=metrics, latents=latents, mean=train.mean((0, 2, 3, 4)),
+         std=train.std((0, 2, 3, 4)), train_clips=len(data.train), captions=data.captions,
+         held_out_captions=data.held_out_captions, embeddings=data.embeddings)
+    finish(args, "vae", metrics, "python dit.py", loop)
+
+
+# --------------------------------------------------------------------------------------------------------- the kit
+# What every script needs and none is about: the command line, files that are never half-written, exact resuming.
+
+
+def fail(message):
+    """One line for the person at the keyboard, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (see python {self.prog} --help)")
+
+
+def dims(text):
+    """'9x32x32' -> (9, 32, 32)."""
+    try:
+        t, h, w = (int(n) for n in text.split("x"))
+        assert min(t, h, w) > 0
+    except (ValueError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text} is not time x height x width, such as 9x32x32") from None
+    return t, h, w
+
+
+def positive(text):
+    if not int(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def parser(doc, presets):
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=list(presets), default="tiny",
+                   help="tiny: a laptop's CPU; toy: one GPU; mobile, server: the paper's sizes (default: tiny)")
+    p.add_argument("--run", type=Path, help="folder that files are read from and written to (default: runs/PRESET)")
+    p.add_argument("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                   help="precision of the arithmetic; weights stay float32 (default: bfloat16 where it is faster)")
+    return p
+
+
+def training_flags(p):
+    p.add_argument("--steps", type=positive, help="optimiser steps")
+    p.add_argument("--batch-size", type=positive, help="clips a step")
+    p.add_argument("--lr", type=float, help="peak learning rate; Muon's, with --optimizer muon")
+    p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
+    p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
+    p.add_argument("--save-every", type=float, default=60, help="seconds between saves of the run (default: 60)")
+
+
+def parse(p, presets, argv, **files):
+    """Fills what was not given: from the preset, and file names from --run."""
+    for action in p._actions:  # the presets' values stand in --help too
+        if action.dest in presets["tiny"]:
+            action.help += f" (default: {', '.join(f'{presets[k][action.dest]} {k}' for k in presets)})"
+        if action.dest in files and "default" not in action.help:
+            action.help += f" (default: RUN/{files[action.dest]})"
+    args = p.parse_args(argv)
+    args.run = args.run or Path("runs") / args.preset
+    for name, value in presets[args.preset].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, dims(value) if name in ("size", "ratio") else value)
+    for name, file in files.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, args.run / file)
+    return args
+
+
+def check_size(size, ratio):
+    """A clip must be 1 + a multiple of the ratio's frames, and multiples of it in height and width."""
+    (t, h, w), (rt, rs, _) = size, ratio
+    if (t - 1) % rt:
+        near = 1 + max(1, round((t - 1) / rt)) * rt
+        fail(f"{t} frames do not fit the ratio {rt}x{rs}x{rs}: use 1 + a multiple of {rt}, such as {near}")
+    for name, n in ("height", h), ("width", w):
+        if n % rs:
+            fail(f"{name} {n} does not fit the ratio {rt}x{rs}x{rs}: use a multiple of {rs}, such as "
+                 f"{max(1, round(n / rs)) * rs}")
+
+
+def latent_shape(size, ratio, channels):
+    return channels, 1 + (size[0] - 1) // ratio[0], size[1] // ratio[1], size[2] // ratio[2]
+
+
+def set_up(args, cpu_bf16=False):
+    """-> the device, and a function that returns the autocast context of --dtype. On a CPU bfloat16 pays for the
+    convolutions of the VAE (where the processor has it), not for the small matrices of a tiny DiT."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    fast = device.type == "cuda" or cpu_bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    use_bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+class Optimizer:
+    """AdamW as the paper states (`--optimizer adamw`), or Muon for the weight matrices of linear and convolution
+    layers with AdamW for all else: at these small step counts Muon needs about a third of the steps. A step clips
+    the gradient, updates, and moves the learning rate: up in 30 steps, then down to zero along a cosine."""
+
+    def __init__(self, model, args, steps):
+        matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
+        matrices = matrices if args.optimizer == "muon" else set()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        muon, rest = ([p for p in trained if (id(p) in matrices) == yes] for yes in (True, False))
+        self.parameters, self.parts = trained, []
+        if muon:
+            self.parts.append(Muon(muon, args.lr))
+        self.parts.append(torch.optim.AdamW(rest, args.lr / 20 if muon else args.lr, betas=(0.9, 0.99), fused=True))
+        warmup = max(1, min(30, steps // 10))
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(
+            part, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))))
+            for part in self.parts]
+
+    def step(self, loss):
+        for p in self.parameters:
+            p.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts + self.schedules:
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [p.state_dict() for p in self.parts], "schedules": [s.state_dict() for s in self.schedules]}
+
+    def load_state_dict(self, state):
+        for name in ("parts", "schedules"):
+            for part, saved in zip(getattr(self, name), state[name]):
+                part.load_state_dict(saved)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, its matrix made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024). Not torch's own
+    Muon: that one takes no convolutions, and its bfloat16 products are 30 times slower on a CPU without bfloat16."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                tall = len(x) > x.shape[1]
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                gram, q = x @ x.T, torch.eye(len(x), device=x.device)
+                for _ in range(5):  # on the small Gram matrix: x itself is touched twice only
+                    iteration = 3.4445 * torch.eye(len(x), device=x.device) - 4.775 * gram + 2.0315 * gram @ gram
+                    q, gram = iteration @ q, iteration @ gram @ iteration
+                x = (q @ x).T if tall else q @ x
+                p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, p.shape[0] / p[0].numel()) ** 0.5)
+
+
+def write_aside(path, write):
+    """Whatever happens, `path` is either the old file or the whole new one: write aside, flush, rename."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is untouched")
+
+
+def save(path, **checkpoint):
+    """A flat dict of tensors and plain values; `torch.load(path, weights_only=True)` reads it back."""
+    write_aside(Path(path), lambda f: torch.save(checkpoint, f))
+
+
+COMMANDS = {"vae": "vae.py", "latents": "vae.py", "dit": "dit.py", "pruned": "prune.py", "student": "distill.py"}
+
+
+def load(path, *stages):
+    """Reads a checkpoint of one of these stages, never running code from it; otherwise one line and exit status 2."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path} is not there: `python {COMMANDS[stages[0]]}` makes it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stage = checkpoint["stage"]
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and make it again")
+    if stage not in stages:
+        fail(f"{path} holds a {stage} checkpoint where {' or '.join(stages)} is needed")
+    return checkpoint
+
+
+def stop_if_done(path, settings, then):
+    """Leaves if `path` was made with these settings, refuses if with others: nothing is overwritten unasked."""
+    if not path.exists():
+        return
+    check_settings(path, load(path, *COMMANDS)["settings"], settings)
+    print(f"{path} is done; next: {then}")
+    sys.exit(0)
+
+
+def check_settings(path, old, new):
+    for key in new:
+        if old.get(key) != new[key]:
+            fail(f"{path} was made with {key} = {old.get(key)}, not {new[key]}: "
+                 "take another --run, delete the file, or ask for the same")
+
+
+class Loop:
+    """The steps that a training run still has to do. Each comes with its own generator, seeded by (seed, step), so a
+    resumed run repeats an unbroken one bit by bit. Saves every --save-every seconds and when told to stop (Ctrl-C,
+    SIGTERM); `state` is everything with a state_dict that the run changes."""
+
+    def __init__(self, stage, args, settings, steps, **state):
+        self.stage, self.args, self.settings, self.steps, self.state = stage, args, settings, steps, state
+        self.path = args.out.with_suffix(f".{stage}.resume")
+        self.step, self.seconds, self.history, self.stop = 0, 0.0, {}, None
+        if self.path.exists():
+            saved = load(self.path, "resume")
+            check_settings(self.path, saved["settings"], settings)
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+            print(f"{self.path}: going on from step {self.step}")
+
+    def save(self):
+        save(self.path, stage="resume", settings=self.settings, step=self.step, seconds=self.seconds,
+             history=self.history, **{name: part.state_dict() for name, part in self.state.items()})
+
+    def __iter__(self):
+        old = {s: signal.signal(s, lambda s, _: setattr(self, "stop", s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        saved = printed = time.monotonic()
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=None, dynamic_ncols=True)
+        while self.step < self.steps:
+            start = time.monotonic()
+            yield self.step, torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+            self.step += 1
+            now = time.monotonic()
+            self.seconds += now - start
+            last = ", ".join(f"{k} {v[-1]:.4g}" for k, v in self.history.items())
+            bar.set_postfix_str(last, refresh=False)
+            bar.update()
+            if bar.disable and (now - printed > 20 or self.step == self.steps):
+                printed = now
+                print(f"{self.stage} {self.step}/{self.steps}: {last}, {self.seconds:.0f} s", flush=True)
+            if self.stop or now - saved > self.args.save_every:
+                saved = now
+                self.save()
+            if self.stop:
+                print(f"\nstopped at step {self.step} of {self.steps}, saved in {self.path}: "
+                      "the same command goes on from here", file=sys.stderr)
+                sys.exit(128 + self.stop)
+        bar.close()
+        self.save()  # what follows a loop may be interrupted too
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+    def log(self, **values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                fail(f"{name} is {value} at step {self.step}: try a smaller --lr; the last good state is "
+                     f"{self.path if self.path.exists() else 'not saved yet'}")
+            self.history.setdefault(name, []).append(value)
+
+
+def finish(args, stage, metrics, then, *loops):
+    """After the results are saved: the metrics file, a sentence, and the resume files go."""
+    record(args.run, stage, metrics)
+    for loop in loops:
+        loop.path.unlink(missing_ok=True)
+    told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+    print(f"{args.out}: {told}; next: {then}")
+
+
+def record(run, stage, metrics):
+    """Sets one stage's object in metrics.json and leaves the others."""
+    path = Path(run) / "metrics.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[stage] = metrics
+    write_aside(path, lambda f: f.write(json.dumps(everything, indent=2).encode() + b"\n"))
+
+
+if __name__ == "__main__":
+    main()
