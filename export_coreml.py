@@ -129,7 +129,7 @@ def gelu(x, mode="EXACT"):
 OPERATIONS = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "real_div": lambda x, y: x / y,
     "greater_equal": lambda x, y: x >= y, "select": lambda cond, a, b: torch.where(cond, a, b),
-    "cos": torch.cos, "sin": torch.sin, "silu": F.silu, "gelu": gelu,
+    "cos": lambda x: x.cos(), "sin": lambda x: x.sin(), "silu": lambda x: F.silu(x), "gelu": gelu,
     "rsqrt": lambda x, epsilon=1e-12: torch.rsqrt(x + epsilon), "square": lambda x: x * x,
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta), "cast": lambda x, dtype: x,
     "reduce_mean": reduce_mean, "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
@@ -168,7 +168,7 @@ def evaluate(program, inputs):
             return values[x.name]
         constant = x.val
         if isinstance(constant, (str, bool, np.bool_)):
-            return constant
+            return constant if isinstance(constant, str) else bool(constant)
         if isinstance(constant, np.ndarray) and constant.dtype.kind == "f":
             return torch.from_numpy(constant.astype(np.float32))
         return constant.item() if np.ndim(constant) == 0 else np.asarray(constant)

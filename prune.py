@@ -105,6 +105,11 @@ class Masks(nn.Module):
             masks[name] = hard + soft - soft.detach()
         return masks
 
+    def level_gradients(self):
+        """One scale for all units of a level, so that what matters more moves faster (Adam would give each its own)."""
+        for logits in self.parameters():
+            logits.grad /= logits.grad.square().mean().sqrt() + 1e-12
+
 
 def cut(dit, masks):
     """The dense model that computes what `dit` computes under these masks [all {0, 1}, full_masks' shapes]."""
@@ -192,7 +197,7 @@ def main(argv=None):
             for level, names in LEVELS.items() for name in names}
     student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
     optimizer = Optimizer(student, args, args.mask_steps)
-    mask_optimizer = torch.optim.Adam(masks.parameters(), lr=0.05 if args.criterion == "learned" else 0.0)
+    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=0.02 * (args.criterion == "learned"), momentum=0.9)
     loop = Loop("masks", args, settings, args.mask_steps, student=student, masks=masks, optimizer=optimizer,
                 mask_optimizer=mask_optimizer)
     for step, g in loop:
@@ -202,6 +207,7 @@ def main(argv=None):
             loss = kd_loss(student, teacher, draw(data, args.batch_size, g), kd, now, kept)
         mask_optimizer.zero_grad()
         optimizer.step(loss)
+        masks.level_gradients()
         mask_optimizer.step()
         loop.log(loss=loss.item())
 

@@ -153,9 +153,11 @@ def motion_scores(clips, on_shapes):
 
 
 def fixed_features(clips):
-    """[b, 3, t, h, w] -> [b, 64]: means and deviations of a small convolution network that nobody trained."""
+    """[b, 3, t, h, w] -> [b, 64]: means and deviations of a small convolution network that nobody trained. Its first
+    filters sum to zero, so that it looks at edges and motion: with brightness in it, blur would hardly show."""
     g = torch.Generator().manual_seed(0)
     first, second = torch.randn(16, 3, 3, 3, 3, generator=g) / 9, torch.randn(32, 16, 3, 3, 3, generator=g) / 20
+    first = first - first.mean((2, 3, 4), keepdim=True)
     x = F.relu(F.conv3d(clips, first, stride=(1, 2, 2), padding=1))
     x = F.relu(F.conv3d(x, second, stride=2, padding=1)).flatten(2)
     return torch.cat([x.mean(2), x.std(2)], dim=1)

@@ -593,7 +593,7 @@ def load(path, *stages):
     """Reads a checkpoint of one of these stages, never running code from it; otherwise one line and exit status 2."""
     path = Path(path)
     if not path.is_file():
-        fail(f"{path} is not there: `python {COMMANDS[stages[0]]}` makes it")
+        fail(f"{path} is not there: `python {COMMANDS.get(path.stem, COMMANDS[stages[0]])}` makes it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stage = checkpoint["stage"]

@@ -11,7 +11,7 @@ import vae
 @pytest.fixture(scope="module")
 def clips():
     data = vae.Shapes(9, 32, 32, clips=10, seed=1)
-    return data.clip(list(data.test)[:256])
+    return data.clip([data.test[i] for i in torch.randperm(len(data.test))[:256]])
 
 
 def test_smoothness_falls_when_frames_are_shuffled_and_motion_stops_when_they_are_frozen(clips):
@@ -25,15 +25,15 @@ def test_smoothness_falls_when_frames_are_shuffled_and_motion_stops_when_they_ar
 
 def test_subject_consistency_falls_when_the_subject_changes_on_the_way(clips):
     changed = clips.clone()
-    changed[:, :, 4:] = clips.roll(97, 0)[:, :, 4:]  # another shape and colour half way through
+    changed[:, :, 4:] = clips.roll(1, 0)[:, :, 4:]  # another shape and colour half way through
     assert sample.motion_scores(clips, True)["subject_consistency"] > 0.95
-    assert sample.motion_scores(changed, True)["subject_consistency"] < 0.9
+    assert sample.motion_scores(changed, True)["subject_consistency"] < 0.93
 
 
 def test_the_frechet_distance_grows_with_blur_with_noise_and_with_lost_diversity(clips):
     real, other = sample.fixed_features(clips[:128]), sample.fixed_features(clips[128:])
-    blurred = torch.nn.functional.avg_pool3d(clips[128:], (1, 5, 5), 1, (0, 2, 2))
-    noisy = clips[128:] + 0.2 * torch.randn(clips[128:].shape, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool3d(clips[128:], (1, 3, 3), 1, (0, 1, 1))
+    noisy = clips[128:] + 0.1 * torch.randn(clips[128:].shape, generator=torch.Generator().manual_seed(0))
     same = clips[128:129].expand(128, -1, -1, -1, -1)
     base = sample.frechet(other, real)
     assert sample.frechet(real, real) == pytest.approx(0, abs=1e-6)
