@@ -26,10 +26,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dit import Block, Latents, add_noise, context, guided_velocity, load_dit, logit_normal
-from vae import Loop, Optimizer, RMSNorm, count, fail, finish, parse, parser, save, set_up, stop_if_done, training_flags
+from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, parse, parser, positive, save, set_up,
+                 stop_if_done, training_flags)
 
 PRESETS = {
-    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=150, batch_size=32, lr=0.004,
+    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=70, batch_size=32, lr=0.02,
                  optimizer="muon"),
     "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
                 optimizer="muon"),
@@ -66,12 +67,15 @@ def sample_student(dit, noises, tokens):
 
 @torch.no_grad()
 def teacher_endpoint(teacher, x_t, t, tokens, cfg, steps):
-    """Where the teacher's CFG trajectory from x_t ends: `steps` Euler steps from each clip's own level t [b] to 0."""
+    """Where the teacher's CFG trajectory from x_t ends: Euler steps of 1 / steps (the last may be shorter) from each
+    clip's own level t [b] down to 0, so that a clip at t = 1/4 takes a quarter of them."""
     text, empty = teacher.text_encoder(tokens), teacher.text_encoder(torch.zeros_like(tokens))
-    x = x_t
-    for i in range(steps):
-        velocity = guided_velocity(teacher, x, t * (1 - i / steps), text, empty, cfg)
-        x = x - (t / steps).view(-1, 1, 1, 1, 1) * velocity
+    x, t = x_t.clone(), t.clone()
+    while (on := t > 1e-4).any():
+        step = t[on].clamp(max=1 / steps)
+        velocity = guided_velocity(teacher, x[on], t[on], text[on], empty[on], cfg)
+        x[on] = x[on] - step.view(-1, 1, 1, 1, 1) * velocity
+        t[on] -= step
     return x
 
 
@@ -90,9 +94,6 @@ class Discriminator(nn.Module):
         self.parser.blocks = self.parser.blocks[:frozen_blocks]
         self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"])
                                     for _ in range(learned_blocks))
-        for block in self.blocks:
-            nn.init.ones_(block.modulation[2:3])  # open gates: the features are trained, the head may start at once
-            nn.init.ones_(block.modulation[5:6])
         self.norm, self.out = RMSNorm(c["width"]), nn.Linear(c["width"], 1)
 
     def forward(self, x_s, s, tokens):
@@ -118,30 +119,35 @@ def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1, g):
 
 def main(argv=None):
     p = parser(__doc__, PRESETS)
-    p.add_argument("--sampling-steps", type=int, default=4, help="steps of the student (default: 4)")
-    p.add_argument("--frozen-blocks", type=int, help="K, blocks of the generator that the discriminator inherits")
-    p.add_argument("--learned-blocks", type=int, help="blocks that the discriminator learns on top")
+    p.add_argument("--sampling-steps", type=positive, default=4, help="steps of the student (default: 4)")
+    p.add_argument("--frozen-blocks", type=positive, help="K, blocks of the generator that the discriminator inherits")
+    p.add_argument("--learned-blocks", type=positive, help="blocks that the discriminator learns on top")
     p.add_argument("--adversarial", type=float, default=0.1, help="weight of the adversarial term (default: 0.1)")
     p.add_argument("--distillation", type=float, default=1.0, help="weight of the distillation term (default: 1)")
     p.add_argument("--r1", type=float, default=0.0, help="weight of the smoothness term (default: 0, not needed here)")
     p.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the teacher (default: 3)")
-    p.add_argument("--teacher-steps", type=int, help="Euler steps of the teacher from x_t to its end")
+    p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
     p.add_argument("--level", type=float, default=-2.5,
                    help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
     p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
-    p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py (default: RUN/dit.pt)")
+    p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the few-step student")
     training_flags(p)
     args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", out="student.pt")
+    then = 'python sample.py --prompt "a red circle moving left"'
     settings = {k: getattr(args, k) for k in (
         "sampling_steps", "frozen_blocks", "learned_blocks", "adversarial", "distillation", "r1", "cfg",
         "teacher_steps", "level", "steps", "batch_size", "lr", "optimizer", "seed")}
-    stop_if_done(args.out, settings, 'python sample.py --prompt "a red circle moving left"')
+    if not (args.adversarial or args.distillation):
+        fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
     teacher, _ = load_dit(args.teacher, device, "dit")
     start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
     data = Latents(args.latents, device)
+    settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
+                 "pruned": fingerprint(start.parameters())}
+    stop_if_done([args.out], settings, then)
 
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
@@ -151,6 +157,7 @@ def main(argv=None):
         fail(f"--frozen-blocks: {error}")
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95 if args.preset == "tiny" else 0.999))
     optimizer, d_optimizer = Optimizer(student, args, args.steps), Optimizer(discriminator, args, args.steps)
+    predict = torch.compile(predict_x0) if args.compile else predict_x0
     times, b = student_times(args.sampling_steps), args.batch_size
 
     loop = Loop("distill", args, settings, args.steps, student=student, discriminator=discriminator, ema=ema,
@@ -160,19 +167,21 @@ def main(argv=None):
         t = times[torch.randint(len(times), (b,), generator=g)].to(device)
         x_t, s = add_noise(real, noise, t), logit_normal(b, g, args.level).to(device)
         s_noise = torch.randn(real.shape, generator=g).to(device)
+        loss, values = 0.0, {}
         with precision():
-            fake = predict_x0(student, x_t, t, student.text_encoder(tokens))
-            loss, values = 0.0, {}
+            fake = predict(student, x_t, t, student.text_encoder(tokens))
             if args.distillation:
                 target = teacher_endpoint(teacher, x_t, t, tokens, args.cfg, args.teacher_steps)
                 values["distillation"] = F.mse_loss(fake, target)
                 loss = loss + args.distillation * values["distillation"]
-            if args.adversarial:
+        if args.adversarial:
+            with precision():
                 d_loss, told = discriminator_loss(discriminator, real, fake.detach(), s, s_noise, tokens, args.r1, g)
-                d_optimizer.step(d_loss)
-                values |= {"hinge": d_loss, "told_right": told}
+            d_optimizer.step(d_loss)
+            with precision():
                 values["generator"] = -discriminator(add_noise(fake, s_noise, s), s, tokens).mean()
-                loss = loss + args.adversarial * values["generator"]
+            values |= {"hinge": d_loss, "told_right": told}
+            loss = loss + args.adversarial * values["generator"]
         optimizer.step(loss)
         ema.update_parameters(student)
         loop.log(**{name: value.item() for name, value in values.items()})
@@ -182,7 +191,7 @@ def main(argv=None):
                    **last, seconds=loop.seconds)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
          settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
-    finish(args, "distill", metrics, 'python sample.py --prompt "a red circle moving left"', loop)
+    finish(args, "distill", metrics, then, loop)
 
 
 if __name__ == "__main__":

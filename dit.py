@@ -32,11 +32,11 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vae import (Loop, Optimizer, RMSNorm, count, fail, finish, load, parse, parser, save, set_up, stop_if_done,
-                 training_flags)
+from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, load, parse, parser, positive, save,
+                 set_up, stop_if_done, training_flags)
 
 PRESETS = {
-    "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=1000, batch_size=32, lr=0.02,
+    "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=900, batch_size=32, lr=0.04,
                  optimizer="muon"),
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128, lr=0.02,
                 optimizer="muon"),
@@ -49,7 +49,7 @@ PRESETS = {
 
 # --------------------------------------------------------------------------------------------------------- the text
 
-PAD, UNKNOWN = 0, 1  # a caption of padding alone is the empty caption of classifier-free guidance
+PAD = 0  # a caption of padding alone is the empty caption of classifier-free guidance
 
 
 def words(caption):
@@ -57,12 +57,12 @@ def words(caption):
 
 
 def tokenize(captions, vocabulary, length):
-    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named on stderr."""
+    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named and left out."""
     index = {word: i for i, word in enumerate(vocabulary)}
     unknown = sorted({w for c in captions for w in words(c)} - set(index))
     if unknown:
-        print(f"warning: not in the training captions, so ignored: {', '.join(unknown)[:200]}", file=sys.stderr)
-    rows = [[index.get(w, UNKNOWN) for w in words(c)][:length] for c in captions]
+        print(f"warning: not in the training captions, so left out: {', '.join(unknown)[:200]}", file=sys.stderr)
+    rows = [[index[w] for w in words(c) if w in index][:length] for c in captions]
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
 
@@ -96,8 +96,8 @@ class TextEncoder(nn.Module):
 
 
 def rope_angles(t, h, w, head_dim, device):
-    """Angles [t*h*w, head_dim / 2] of 3D RoPE: of each head's pairs of channels a quarter turn with time, the rest
-    with height and width, three eighths each, every pair at its own frequency."""
+    """Angles [t*h*w, head_dim / 2] of 3D RoPE. A quarter of a head's pairs of channels stands for time, three eighths
+    for height, three eighths for width; each pair turns at its own frequency."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
     sizes, angles = (pairs - 2 * spatial, spatial, spatial), []
@@ -157,8 +157,10 @@ class Block(nn.Module):
         self.norm1, self.self_attention = RMSNorm(width, affine=False), Attention(width, heads, head_dim)
         self.norm2, self.cross_attention = RMSNorm(width), Attention(width, heads, head_dim)
         self.norm3, self.feed_forward = RMSNorm(width, affine=False), FeedForward(width, ffn)
-        self.modulation = nn.Parameter(torch.zeros(6, width))  # gates of zero: a new block is the identity
-        nn.init.zeros_(self.cross_attention.out.weight)
+        # Gates start open and the projections behind them at zero: a new block is the identity, and learns at once.
+        self.modulation = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, width))
+        for layer in (self.self_attention.out, self.cross_attention.out, self.feed_forward.down):
+            nn.init.zeros_(layer.weight)
 
     def forward(self, x, modulation, text, rope, mask=None):
         """x: [b, n, width]; modulation: [b, 6, width]; text: [b, m, width]. mask: None, or a dict of this block's
@@ -267,19 +269,23 @@ class Latents:
         self.file, self.device = file, device
         self.mean, self.std = (file[k].view(-1, 1, 1, 1) for k in ("mean", "std"))
         n, self.embeddings = file["train_clips"], file["embeddings"]
+        self.fingerprint = fingerprint([file["latents"]])
         self.x0 = ((file["latents"].float() - self.mean) / self.std).to(device)
         self.captions, self.test_captions = file["captions"][:n], file["captions"][n:]
         self.x0, self.test_x0 = self.x0[:n], self.x0[n:]
-        self.vocabulary = ["<pad>", "<unknown>", *sorted({w for c in set(self.captions) for w in words(c)})]
+        self.vocabulary = ["<pad>", *sorted({w for c in set(self.captions) for w in words(c)})]
         self.text_tokens, self.text_dim = max(len(words(c)) for c in set(self.captions)), 0
         if self.embeddings:
             self.text_tokens, self.text_dim = next(iter(self.embeddings.values())).shape
-        self.tokens = text_input(self.context(), self.captions).to(device)
+        different = sorted(set(self.captions))  # each caption's input once, and which of them a clip has
+        self.text, index = text_input(self.context(), different).to(device), {c: i for i, c in enumerate(different)}
+        self.caption = torch.tensor([index[c] for c in self.captions])
 
     def draw(self, n, g):
         """n training clips, their captions and fresh noise, all from one generator."""
-        i = torch.randint(len(self.x0), (n,), generator=g).to(self.device)
-        return self.x0[i], self.tokens[i], torch.randn(n, *self.x0.shape[1:], generator=g).to(self.device)
+        i = torch.randint(len(self.x0), (n,), generator=g)
+        x0, tokens = self.x0[i.to(self.device)], self.text[self.caption[i].to(self.device)]
+        return x0, tokens, torch.randn(n, *self.x0.shape[1:], generator=g).to(self.device)
 
     def context(self):
         """What a checkpoint needs beside the weights, so that sampling needs no data set."""
@@ -309,11 +315,11 @@ def context(checkpoint):
 
 def main(argv=None):
     p = parser(__doc__, PRESETS)
-    p.add_argument("--width", type=int, help="channels of a token")
-    p.add_argument("--depth", type=int, help="blocks")
-    p.add_argument("--heads", type=int, help="attention heads a block")
-    p.add_argument("--head-dim", type=int, help="channels of a head")
-    p.add_argument("--ffn", type=int, help="hidden channels of the FFN")
+    p.add_argument("--width", type=positive, help="channels of a token")
+    p.add_argument("--depth", type=positive, help="blocks")
+    p.add_argument("--heads", type=positive, help="attention heads a block")
+    p.add_argument("--head-dim", type=positive, help="channels of a head")
+    p.add_argument("--ffn", type=positive, help="hidden channels of the FFN")
     p.add_argument("--cfg-dropout", type=float, default=0.1, help="share of captions left empty (default: 0.1)")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the trained DiT")
@@ -321,9 +327,12 @@ def main(argv=None):
     args = parse(p, PRESETS, argv, latents="latents.pt", out="dit.pt")
     settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
                                               "batch_size", "lr", "optimizer", "seed")}
-    stop_if_done(args.out, settings, "python prune.py")
     device, precision = set_up(args)
     data = Latents(args.latents, device)
+    settings["latents"] = data.fingerprint
+    stop_if_done([args.out], settings, "python prune.py")
+    if args.head_dim % 2:
+        fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
 
     torch.manual_seed(args.seed)
     dit = DiT(data.x0.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),

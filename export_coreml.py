@@ -16,6 +16,8 @@ between operations, wider sums inside one, as on the Neural Engine). An operatio
 
     python export_coreml.py                          # runs/tiny/student.pt, vae.pt -> runs/tiny/coreml/
 """
+import contextlib
+import io
 import json
 import logging
 import shutil
@@ -29,9 +31,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import predict_x0, sample_student
-from dit import PAD, UNKNOWN, load_dit, text_input
+from dit import PAD, load_dit, text_input
 from sample import PRESETS, load_vae
-from vae import fail, parse, parser, record, set_up, write_aside
+from vae import RMSNorm, fail, parse, parser, record, set_up, write_aside
 
 MAX_RANK = 5  # of a Core ML tensor
 
@@ -63,14 +65,15 @@ class Decoder(nn.Module):
 
 
 def convert(module, inputs, output, path):
-    """Traces, converts and saves one module. inputs: {name: example tensor}. -> ops, bytes and the largest rank."""
+    """Traces, converts and saves one module as a package. inputs: {name: example tensor}; output: its name."""
     try:
         logging.getLogger("coremltools").setLevel(logging.ERROR)
         import coremltools as ct
     except ImportError:
         fail("coremltools is missing: pip install -r requirements.txt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, about shapes that are fixed here on purpose
+    # Quiet: the tracer's warnings, about shapes that are fixed on purpose here, and 36 progress bars.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
         traced = torch.jit.trace(module.eval(), tuple(inputs.values()))
         kinds = {torch.int32: np.int32, torch.float32: np.float16}
         model = ct.convert(
@@ -130,6 +133,7 @@ OPERATIONS = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "real_div": lambda x, y: x / y,
     "greater_equal": lambda x, y: x >= y, "select": lambda cond, a, b: torch.where(cond, a, b),
     "cos": lambda x: x.cos(), "sin": lambda x: x.sin(), "silu": lambda x: F.silu(x), "gelu": gelu,
+    "abs": lambda x: x.abs(), "reduce_max": lambda x, axes, keep_dims: x.amax(list(axes), keepdim=keep_dims),
     "rsqrt": lambda x, epsilon=1e-12: torch.rsqrt(x + epsilon), "square": lambda x: x * x,
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta), "cast": lambda x, dtype: x,
     "reduce_mean": reduce_mean, "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
@@ -187,9 +191,12 @@ def evaluate(program, inputs):
     return [values[var.name].float() for var in program.outputs]
 
 
-def check(package, module, inputs, output):
-    """-> the largest difference of a saved package's output from the PyTorch module's, on these inputs."""
-    result = evaluate(read_program(package), inputs)[0]
+def check(package, program, module, inputs, output):
+    """-> the largest difference of a saved package's output from the module's on these inputs, and that output."""
+    try:
+        result = evaluate(program, inputs)[0]
+    except (NotImplementedError, FloatingPointError) as error:
+        fail(f"{package} is not proven: {error}")
     if sys.platform == "darwin":  # the real thing is at hand
         import coremltools as ct
         arrays = {k: v.numpy().astype(np.int32 if v.dtype == torch.int32 else np.float16) for k, v in inputs.items()}
@@ -222,15 +229,18 @@ def main(argv=None):
                           for i in range(steps)])
     generator, decoder = Generator(dit), Decoder(vae, student["latent_mean"], student["latent_std"])
     names = {"text_encoder": (dit.text_encoder, "text"), "generator": (generator, "x0"), "decoder": (decoder, "video")}
+    for norm in (m for module, _ in names.values() for m in module.modules() if isinstance(m, RMSNorm)):
+        norm.float16_safe = True
     packages = {name: args.out / f"{name}.mlpackage" for name in names}
     with torch.no_grad():
         text = dit.text_encoder(tokens)
         inputs = {"text_encoder": {"words": tokens}, "decoder": {"x0": torch.zeros_like(noises[0])},
                   "generator": {"x_t": noises[0], "t": torch.ones(1), "text": text}}
-        metrics, differences = {}, {name: [] for name in names}
+        metrics, programs, differences = {}, {}, {name: [] for name in names}
         for name, (module, output) in names.items():
             convert(module, inputs[name], output, packages[name])
-            operations = [op for op in read_program(packages[name]).operations if op.op_type != "const"]
+            programs[name] = read_program(packages[name])
+            operations = [op for op in programs[name].operations if op.op_type != "const"]
             rank = max(len(var.shape) for op in operations for var in op.outputs)
             if rank > MAX_RANK:
                 fail(f"{packages[name]} holds a tensor of {rank} dimensions; Core ML takes {MAX_RANK}")
@@ -239,7 +249,7 @@ def main(argv=None):
 
         def run(name, **inputs):  # one call of one package, and how far it is from the module on the same input
             module, output = names[name]
-            difference, result = check(packages[name], module, inputs, output)
+            difference, result = check(packages[name], programs[name], module, inputs, output)
             differences[name].append(difference)
             return result
 
@@ -262,7 +272,8 @@ def main(argv=None):
         latent_mean=student["latent_mean"].tolist(), latent_std=student["latent_std"].tolist(),
         latent_note="mean and deviation are already inside the decoder: give it the generator's x0 as it is",
         vocabulary=student["vocabulary"], words=student["text_tokens"],
-        tokenise=f"lower case, runs of letters and digits; index in vocabulary, {UNKNOWN} if absent; pad with {PAD}",
+        tokenise="lower case; runs of letters and digits; their indices in vocabulary, without those not in it; "
+                 f"cut to `words` of them, or pad with {PAD}",
         precision="float16", minimum_deployment_target="iOS 18", captions=student["captions"])
     write_aside(args.out / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode() + b"\n"))
     record(args.run, "export", metrics)

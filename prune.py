@@ -17,7 +17,7 @@ Our reading: first-order Taylor sensitivity, straight-through gradients, a cubic
 and channels for all blocks (so that one config describes the model), and the same weight for the three losses.
 
     python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, pruned.pt
-    python prune.py --levels heads --criterion random --kd none --run runs/ablation --dit runs/tiny/dit.pt
+    python prune.py --levels heads --criterion random --kd none --out runs/tiny/heads.pt --masks runs/tiny/heads-masks
 """
 import copy
 from pathlib import Path
@@ -29,10 +29,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dit import PAD, DiT, Latents, add_noise, context, load_dit, logit_normal
-from vae import Loop, Optimizer, count, fail, finish, parse, parser, save, set_up, stop_if_done, training_flags
+from vae import (Loop, Optimizer, count, fail, fingerprint, finish, parse, parser, positive, save, set_up, stop_if_done,
+                 training_flags)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
-    "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=120, steps=300, batch_size=64, lr=0.01, optimizer="muon"),
+    "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
     "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
                 optimizer="muon"),
     "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256, lr=5e-5,
@@ -52,14 +53,14 @@ def full_masks(config):
             "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
 
 
-def sensitivity(dit, criterion, batches):
+def sensitivity(dit, criterion, batches, seed=0):
     """One score a unit, in the masks' shapes; higher means keep. batches: a list of (x0, tokens, noise, t).
 
     taylor, and where learned masks start: |d loss / d mask|, the first-order estimate of what cutting the unit
     costs, averaged over batches. magnitude: the norm of the weights that cutting removes. random: a baseline."""
     masks = {name: m.to(batches[0][0].device) for name, m in full_masks(dit.config).items()}
     if criterion == "random":
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator().manual_seed(seed)
         return {name: torch.rand(m.shape, generator=g).to(m.device) for name, m in masks.items()}
     if criterion == "magnitude":
         heads = dit.config["heads"]
@@ -89,8 +90,9 @@ class Masks(nn.Module):
         """scores: where the logits start, standardised a row; keep: {mask: units to keep a row} of what is cut."""
         super().__init__()
         self.keep = keep
-        self.logits = nn.ParameterDict({name: (s - s.mean(-1, keepdim=True)) / (s.std(-1, correction=0, keepdim=True) + 1e-12)
-                                        for name, s in scores.items()})
+        centred = {name: s - s.mean(-1, keepdim=True) for name, s in scores.items()}
+        self.logits = nn.ParameterDict({name: c / (c.square().mean(-1, keepdim=True).sqrt() + 1e-12)
+                                        for name, c in centred.items()})
 
     def forward(self, progress=1.0):
         """The masks when a share `progress` of the schedule is over: k falls from all units to the budget, fast at
@@ -147,6 +149,7 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept=None):
     if "output" in kd:
         loss = loss + F.mse_loss(velocity.float(), target.float())
     if "features" in kd:
+        # The masked student still has all blocks, the dense one only those that stay.
         pairs = [(features[i] if masks else features[j], target_features[i]) for j, i in enumerate(kept)]
         loss = loss + sum((f - g).square().mean() / g.square().mean() for f, g in pairs) / len(pairs)
     return loss
@@ -168,7 +171,7 @@ def main(argv=None):
     p.add_argument("--criterion", default="learned", choices=["learned", "taylor", "magnitude", "random"],
                    help="what decides: learned masks, or the top of a fixed score (default: learned)")
     p.add_argument("--kd", default="output,features", help="output, features, both, or none (default: both)")
-    p.add_argument("--mask-steps", type=int, help="steps of learning the masks, before --steps of recovery")
+    p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
     p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--masks", type=Path, help="the learned masks (default: RUN/masks.pt)")
@@ -181,21 +184,23 @@ def main(argv=None):
         fail(f"{', '.join(sorted(unknown))}: --levels takes blocks, heads, ffn and --kd output, features, both, none")
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
                                               "steps", "batch_size", "lr", "optimizer", "seed")}
-    stop_if_done(args.out, settings, "python distill.py")
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
     data = Latents(args.latents, device)
+    settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
+    stop_if_done([args.out], settings, "python distill.py")
     for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
             "ffn", teacher.config["ffn"]):
         if not 0 < getattr(args, level) <= have:
             fail(f"--{level} {getattr(args, level)}: the teacher has {have}, keep 1 to {have}")
 
     # 1. sensitivity, 2. masks: learned together with the weights, under KD
-    batches = [draw(data, args.batch_size, torch.Generator().manual_seed(-1 - i)) for i in range(8)]
-    scores = sensitivity(teacher, args.criterion, batches)
+    batches = [draw(data, args.batch_size, torch.Generator().manual_seed(args.seed - 1 - i)) for i in range(8)]
+    scores = sensitivity(teacher, args.criterion, batches, args.seed)
     keep = {name: getattr(args, level) if level in levels else scores[name].shape[-1]
             for level, names in LEVELS.items() for name in names}
     student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
+    loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
     optimizer = Optimizer(student, args, args.mask_steps)
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=0.02 * (args.criterion == "learned"), momentum=0.9)
     loop = Loop("masks", args, settings, args.mask_steps, student=student, masks=masks, optimizer=optimizer,
@@ -204,7 +209,7 @@ def main(argv=None):
         now = masks(progress=min(1, step / (0.7 * args.mask_steps)))  # the last third at the budget
         kept = now["blocks"].nonzero().flatten().tolist()
         with precision():
-            loss = kd_loss(student, teacher, draw(data, args.batch_size, g), kd, now, kept)
+            loss = loss_fn(student, teacher, draw(data, args.batch_size, g), kd, now, kept)
         mask_optimizer.zero_grad()
         optimizer.step(loss)
         masks.level_gradients()
@@ -226,7 +231,7 @@ def main(argv=None):
     recovery = Loop("prune", args, settings, args.steps, dense=dense, ema=ema, optimizer=optimizer)
     for _, g in recovery:
         with precision():
-            loss = kd_loss(dense, teacher, draw(data, args.batch_size, g), kd, kept=kept)
+            loss = loss_fn(dense, teacher, draw(data, args.batch_size, g), kd, kept=kept)
         optimizer.step(loss)
         ema.update_parameters(dense)
         recovery.log(loss=loss.item())

@@ -119,11 +119,13 @@ def measure(clips):
     palette = torch.tensor(list(COLORS.values())) * 2 - 1
     color = torch.cdist(mean_color, palette).argmin(1)
 
-    y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij")
-    templates = shape_coverage(x, y, torch.tensor(14.0)).permute(2, 0, 1)[:, None]  # [shapes, t=1, h, w]
-    templates = centred(templates[:, None], templates)[:, 0, 0]
-    crops = centred(mask[:, None], mask)[:, :, 0].mean(1)
-    shape = torch.cdist(crops.flatten(1), templates.flatten(1)).argmin(1)
+    # Templates as large as the data's shapes and a little blurred, as an autoencoder's edges are.
+    y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
+    templates = shape_coverage(x, y, torch.tensor(6.0)).permute(2, 0, 1)[:, None]  # [shapes, t=1, h, w]
+    templates = F.avg_pool2d(F.avg_pool2d(templates, 3, 1, 1), 3, 1, 1)
+    templates, crops = centred(templates[:, None], templates)[:, 0, 0], centred(mask[:, None], mask)[:, :, 0].mean(1)
+    templates, crops = (x.flatten(1) - x.mean((1, 2))[:, None] for x in (templates, crops))
+    shape = F.cosine_similarity(crops[:, None], templates, dim=-1).argmax(1)
 
     third = max(1, clips.shape[2] // 3)
     travel = centre[:, -third:].mean(1) - centre[:, :third].mean(1)
@@ -185,7 +187,8 @@ def score(args, device, precision):
             continue
         model = Model(path, device, precision, args.steps, args.cfg)
         if real is None:
-            real = fixed_features(decode(vae, model.checkpoint, data.test_x0, precision))
+            reference = data.test_x0 if len(data.test_x0) > 1 else data.x0[:256]
+            real = fixed_features(decode(vae, model.checkpoint, reference, precision))
         captions, seconds, x0 = seen + held, [], []
         tokens, noises = model.tokens(captions), model.noise(len(captions), args.seed)
         for i in range(0, len(captions), 48):
@@ -244,9 +247,30 @@ def write_video(path, rows, fps):
         data = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
         options = dict(plugin="pillow", duration=1000 / fps, loop=0) if path.suffix == ".gif" else dict(
             plugin="pyav", codec="libx264", fps=fps)
-        data = data[:, :data.shape[1] // 2 * 2, :data.shape[2] // 2 * 2]  # H.264 wants even sizes
+        data = data[:, :data.shape[1] // 2 * 2, :data.shape[2] // 2 * 2]  # H.264 wants even sizes; a gif may have them
     encoded = iio.imwrite("<bytes>", data, extension=path.suffix, **options)
     write_aside(path, lambda f: f.write(encoded))
+
+
+def loss_curve(title, values, width=280, height=90):
+    """One curve as inline SVG, averaged in a hundred pieces; the numbers are its first and last."""
+    points = [piece.mean() for piece in np.array_split(np.array(values), min(100, len(values)))]
+    low, high = min(points), max(points)
+    line = " ".join(f"{i / max(1, len(points) - 1) * width:.1f},{height - (p - low) / (high - low + 1e-9) * height:.1f}"
+                    for i, p in enumerate(points))
+    return (f"<figure><svg viewBox='-4 -4 {width + 8} {height + 8}' width={width}><polyline points='{line}' fill=none "
+            f"stroke=currentColor stroke-width=2 /></svg><figcaption>{html.escape(title)}: {points[0]:.3g} to "
+            f"{points[-1]:.3g}</figcaption></figure>")
+
+
+def mask_map(masks):
+    """Which units the masks keep: a row a block, full squares are kept; a block that is cut keeps nothing."""
+    def row(i):
+        on = masks["blocks"][i]
+        own, cross = ("".join("■" if on * kept else "□" for kept in masks[f"{name}_heads"][i])
+                      for name in ("self", "cross"))
+        return f"block {i + 1:2}   {own}   {cross}   {(on * masks['ffn'][i]).mean():4.0%}"
+    return "\n".join(["           heads of self-, of cross-attention, FFN", *map(row, range(len(masks["blocks"])))])
 
 
 def report(args, device, precision):
@@ -255,7 +279,8 @@ def report(args, device, precision):
     held, captions = data.file["held_out_captions"], sorted(set(data.captions))
     captions = captions[::max(1, len(captions) // 4)][:4] + held[::max(1, len(held) // 2)][:2]
     models = [Model(args.run / f"{stage}.pt", device, precision, args.steps, args.cfg) for stage in STAGES]
-    real = torch.stack([data.test_x0[data.test_captions.index(c)] for c in captions])
+    where = {c: i for i, c in enumerate(data.captions + data.test_captions)}  # a test clip, if the caption has one
+    real = torch.cat([data.x0, data.test_x0])[[where[c] for c in captions]]
     columns = {"input, through the VAE": decode(vae, models[0].checkpoint, real, precision)}
     for model in models:
         x0 = model.sample(model.tokens(captions), model.noise(len(captions), args.seed))
@@ -271,15 +296,22 @@ def report(args, device, precision):
     image = base64.b64encode((args.run / "compare.gif").read_bytes()).decode()
     scores = metrics.get("score", {})
     keys = list(next(iter(scores.values()), {}))
-    table = "".join(f"<tr><th>{html.escape(k)}</th>" + "".join(f"<td>{scores[s][k]:.4g}</td>" for s in scores) + "</tr>"
-                    for k in keys)
+    table = "".join(f"<tr><th>{key}</th>" + "".join(f"<td>{scores[stage][key]:.4g}</td>" for stage in scores) + "</tr>"
+                    for key in keys)
+    curves = "".join(loss_curve(f"{name}, {key.replace('_', ' ')}", values) for name in ("vae", *STAGES)
+                     for key, values in load(args.run / f"{name}.pt", name)["history"].items())
+    masks = args.run / "masks.pt"
+    masks = f"<h2>Masks</h2><pre class=wide>{mask_map(load(masks, 'masks')['masks'])}</pre>" if masks.exists() else ""
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>Mobile Video DiT: report</title><style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:60rem;
-margin:auto;padding:1rem}}img{{max-width:100%;image-rendering:pixelated}}td,th{{padding:.2rem .8rem;text-align:left}}
-.wide{{overflow-x:auto}}</style><h1>Mobile Video DiT</h1>
+margin:auto;padding:1rem}}img{{max-width:100%}}td,th{{padding:.2rem .8rem;text-align:left}}
+.wide{{overflow-x:auto}}.curves{{display:flex;flex-wrap:wrap;gap:1rem}}figure{{margin:0}}</style>
+<h1>Mobile Video DiT</h1>
 <p>One row a prompt, one column a stage, all from the same noise.</p><img alt="comparison of the stages"
 src="data:image/gif;base64,{image}"><h2>Scores</h2><div class=wide><table>
-<tr><th></th>{"".join(f"<th>{s}</th>" for s in scores)}</tr>{table}</table></div><h2>metrics.json</h2><pre class=wide>{html.escape(json.dumps(metrics, indent=2))}</pre></html>"""
+<tr><th></th>{"".join(f"<th>{s}</th>" for s in scores)}</tr>{table}</table></div><h2>Training</h2>
+<div class=curves>{curves}</div>{masks}<h2>metrics.json</h2>
+<pre class=wide>{html.escape(json.dumps(metrics, indent=2))}</pre></html>"""
     write_aside(args.run / "report.html", lambda f: f.write(page.encode()))
     print(f"open {args.run / 'report.html'}, {args.run / 'compare.gif'}, {args.run / 'compare.png'}")
 
@@ -312,6 +344,8 @@ def main(argv=None):
     if any(not words(prompt) for prompt in prompts):
         fail("a prompt without a word: say what to show, such as \"a red circle moving left\"")
     device, precision = set_up(args)
+    if args.score and args.clips < 2:
+        fail("--clips 1: the scores need two at the least")
     if args.score:
         score(args, device, precision)
     if args.report:

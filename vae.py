@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,21 +40,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 PRESETS = {
-    "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=16, width=48, blocks=1,
-                 clips=6144, steps=1600, batch_size=8, lr=0.02, kl=1e-4, optimizer="muon"),
-    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=96, blocks=2,
+    "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=12, width=48, blocks=1,
+                 clips=6144, steps=1400, batch_size=8, lr=0.02, kl=1e-3, optimizer="muon"),
+    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, blocks=2,
                 clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon"),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
                    clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw"),
-    "server": dict(size="121x576x1024", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
-                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw"),
 }
+PRESETS["server"] = dict(PRESETS["mobile"], size="121x576x1024")
 
 # ---------------------------------------------------------------------------------------------- the data: shapes
 
 COLORS = {"red": (.9, .1, .1), "green": (.1, .9, .1), "blue": (.1, .1, .9),
           "yellow": (.9, .9, .1), "magenta": (.9, .1, .9), "cyan": (.1, .9, .9)}
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "bar")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TEST_CLIPS = 512
 
@@ -66,8 +66,8 @@ def shape_coverage(x, y, radius):
     circle = torch.hypot(x, y) - r
     square = torch.maximum(ax, ay) - 0.87 * r
     triangle = torch.maximum(y - 0.6 * r, 0.866 * ax - 0.5 * y - 0.6 * r)
-    cross = torch.minimum(torch.maximum(ax - r, ay - 0.38 * r), torch.maximum(ay - r, ax - 0.38 * r))
-    return (0.5 - torch.stack([circle, square, triangle, cross], -1)).clamp(0, 1)
+    bar = torch.maximum(ax - 1.1 * r, ay - 0.45 * r)
+    return (0.5 - torch.stack([circle, square, triangle, bar], -1)).clamp(0, 1)
 
 
 class Shapes:
@@ -85,7 +85,7 @@ class Shapes:
         seen = grid[~is_held_out]
         train, test = seen[torch.randint(len(seen), (clips,), generator=g)], grid[torch.arange(TEST_CLIPS) % len(grid)]
         self.combos = torch.cat([train, test])
-        self.random = torch.cat([torch.rand(clips, 8, generator=g), torch.rand(TEST_CLIPS, 8, generator=g_test)])
+        self.random = torch.cat([torch.rand(clips, 5, generator=g), torch.rand(TEST_CLIPS, 5, generator=g_test)])
         self.train, self.test = range(clips), range(clips, clips + TEST_CLIPS)
         self.held_out_captions = sorted(self.caption(c) for c in grid[is_held_out])
         self.captions = [self.caption(c) for c in self.combos]
@@ -100,21 +100,19 @@ class Shapes:
         """Renders clips: [b, 3, t, h, w] in [-1, 1]."""
         (t, h, w), combos, u = self.size, self.combos[indices], self.random[indices][:, :, None, None, None]
         small = min(h, w)
-        radius = small * (0.16 + 0.08 * u[:, 0])
+        radius = small * (0.18 + 0.06 * u[:, 0])
         heading = torch.tensor(list(DIRECTIONS.values()))[combos[:, 2]].float()
-        path = small * (0.22 + 0.2 * u[:, 1]) * torch.linspace(-0.5, 0.5, t)[:, None, None]  # speed, in pixels a clip
+        path = small * (0.25 + 0.15 * u[:, 1]) * torch.linspace(-0.5, 0.5, t)[:, None, None]  # speed, in pixels a clip
 
         def centre(u, extent, along):  # a random place such that the whole path lies inside the picture
             along = along[:, None, None, None]
-            room = extent - 2 * radius - (path.amax(1, keepdim=True) * 2) * along.abs()
+            room = extent - 2.2 * radius - (path.amax(1, keepdim=True) * 2) * along.abs()
             return extent / 2 + (u - 0.5) * room + path * along
 
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
         cover = shape_coverage(x - centre(u[:, 2], w, heading[:, 0]), y - centre(u[:, 3], h, heading[:, 1]), radius)
         cover = cover.gather(-1, combos[:, 1, None, None, None, None].expand(*cover.shape[:-1], 1))
-        # A grey gradient behind: grey, so that the colour of a pixel alone tells shape from background.
-        tilt = 0.3 * ((u[:, 4] - 0.5) * (x / w - 0.5) + (u[:, 5] - 0.5) * (y / h - 0.5))
-        ground = (0.15 + 0.3 * u[:, 6] + tilt)[..., None]
+        ground = (0.1 + 0.4 * u[:, 4])[..., None]  # grey: the colour of a pixel alone tells shape from background
         color = torch.tensor(list(COLORS.values()))[combos[:, 0]][:, None, None, None]
         return rearrange(cover * color + (1 - cover) * ground, "b t h w c -> b c t h w") * 2 - 1
 
@@ -143,7 +141,7 @@ class Folder:
                 if path.with_suffix(".npy").exists():
                     embeddings[" ".join(caption)] = torch.from_numpy(np.load(path.with_suffix(".npy"))).float()
             except Exception as error:  # PyAV raises dozens of kinds; a clip that cannot be used is skipped by name
-                print(f"skipped {path.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                print(f"skipped {path.name}: {first_line(error)}", file=sys.stderr)
                 continue
             cut = len(video) - max(span, len(video) // 10)
             windows["train"] += [(len(self.videos), s) for s in range(cut - span + 1)]
@@ -152,7 +150,8 @@ class Folder:
             names.append(" ".join(caption))
         if not self.videos:
             fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 and frog.txt")
-        if embeddings and len({e.shape for e in embeddings.values()} | {len(set(names))}) != 2:
+        shapes = {tuple(e.shape) for e in embeddings.values()}
+        if embeddings and (set(embeddings) != set(names) or len(shapes) > 1 or len(min(shapes)) != 2):
             fail("the .npy embeddings must all have one shape [tokens, dim], and every clip needs one")
         for split, most in ("train", clips), ("test", TEST_CLIPS):  # evenly thinned to what was asked for
             keep = np.linspace(0, len(windows[split]) - 1, min(most, len(windows[split]))).round().astype(int)
@@ -188,10 +187,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim, axis=-1, affine=True):
         super().__init__()
-        self.axis = axis
+        self.axis, self.float16_safe = axis, False
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, x):
+        if self.float16_safe:  # for the phone: above 256 a square leaves float16's range, so scale first
+            x = x / x.abs().amax(self.axis, keepdim=True).clamp(min=1e-3)
         x = x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6)
         if self.weight is None:
             return x
@@ -276,6 +277,8 @@ class VAE(nn.Module):
         halves = [(i >= stages - time, i >= stages - space) for i in range(stages)]  # the last ones, of time and space
         strides = [(1 + t, 1 + s, 1 + s) for t, s in halves]
         c = [width * min(2 ** i, 4) for i in range(stages + 1)]
+        if c[-1] % (2 * latent_channels):
+            raise ValueError(f"{latent_channels} latent channels: twice that must divide the last stage's {c[-1]}")
         pixels = 3 * self.patch ** 2
 
         down, up = [CausalConv3d(pixels, c[0], (1, 3, 3))], [Upsample(latent_channels, c[-1], (1, 1, 1))]
@@ -331,20 +334,20 @@ def main(argv=None):
     p.add_argument("--data", default="shapes", help="`shapes`, or a folder of name.mp4 + name.txt (default: shapes)")
     p.add_argument("--size", type=dims, help="frames x height x width of a clip, in pixels")
     p.add_argument("--ratio", type=dims, help="compression, time x height x width: 4x16x16, 8x32x32, 8x64x64, ...")
-    p.add_argument("--stride", type=int, default=2, help="take every n-th frame of a real clip (default: 2)")
-    p.add_argument("--clips", type=int, help="rendered clips, or windows of real ones, to train on")
-    p.add_argument("--latent-channels", type=int, help="channels of a latent")
-    p.add_argument("--width", type=int, help="channels of the first stage")
-    p.add_argument("--blocks", type=int, help="residual blocks a stage")
+    p.add_argument("--stride", type=positive, default=2, help="take every n-th frame of a real clip (default: 2)")
+    p.add_argument("--clips", type=positive, help="rendered clips, or windows of real ones, to train on")
+    p.add_argument("--latent-channels", type=positive, help="channels of a latent")
+    p.add_argument("--width", type=positive, help="channels of the first stage")
+    p.add_argument("--blocks", type=positive, help="residual blocks a stage")
     p.add_argument("--kl", type=float, help="weight of the KL divergence")
-    p.add_argument("--out", type=Path, help="the trained autoencoder (default: RUN/vae.pt)")
-    p.add_argument("--latents", type=Path, help="the data set's latents (default: RUN/latents.pt)")
+    p.add_argument("--out", type=Path, help="the trained autoencoder")
+    p.add_argument("--latents", type=Path, help="the data set's latents")
     training_flags(p)
     args = parse(p, PRESETS, argv, out="vae.pt", latents="latents.pt")
     check_size(args.size, args.ratio)
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
                                               "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
-    stop_if_done(args.latents, settings, "python dit.py")
+    stop_if_done([args.out, args.latents], settings, "python dit.py")
 
     device, precision = set_up(args, cpu_bf16=True)
     if args.data == "shapes":
@@ -353,7 +356,6 @@ def main(argv=None):
         data = Folder(args.data, *args.size, args.clips, args.stride)
     else:
         fail(f"--data {args.data} is neither `shapes` nor a folder")
-    test_clips = [data.clip(list(data.test[i:i + 16])) for i in range(0, len(data.test), 16)]
 
     torch.manual_seed(args.seed)
     try:
@@ -365,19 +367,20 @@ def main(argv=None):
     optimizer = Optimizer(vae, args, args.steps)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
 
+    (t, h, w), (rt, rs, _) = args.size, args.ratio
+    z_shape = args.latent_channels, 1 + (t - 1) // rt, h // rs, w // rs
     loop = Loop("vae", args, settings, args.steps, model=vae, ema=ema, optimizer=optimizer)
     for _, g in loop:
         x = data.clip(torch.randint(len(data.train), (args.batch_size,), generator=g).tolist()).to(device)
-        z_shape = latent_shape(args.size, args.ratio, args.latent_channels)
         noise = torch.randn(args.batch_size, *z_shape, generator=g).to(device)
         with precision():
             loss, mse = loss_fn(vae, x, noise, args.kl)
         optimizer.step(loss)
         ema.update_parameters(vae)
-        loop.log(loss=loss.item(), psnr_db=10 * math.log10(4 / mse.item()))
+        loop.log(loss=loss.item(), psnr_db=-10 * mse.div(4).log10().item())
 
     vae = ema.module.eval()
-    metrics = dict(psnr_db=psnr(vae, (x.to(device) for x in test_clips), precision), params=count(vae),
+    metrics = dict(psnr_db=psnr(vae, (data.clip([i]).to(device) for i in data.test), precision), params=count(vae),
                    compression=list(args.ratio), latent_channels=args.latent_channels, seconds=loop.seconds)
     save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics, settings=settings,
          history=loop.history)
@@ -386,14 +389,14 @@ def main(argv=None):
     latents = []
     everything = list(data.train) + list(data.test)
     with torch.no_grad():
-        for i in tqdm(range(0, len(everything), 64), desc="encoding", disable=None):
+        for i in tqdm(range(0, len(everything), args.batch_size), desc="encoding", disable=None):
             with precision():
-                latents.append(vae.encode(data.clip(everything[i:i + 64]).to(device))[0].half().cpu())
+                latents.append(vae.encode(data.clip(everything[i:i + args.batch_size]).to(device))[0].half().cpu())
     latents = torch.cat(latents)
     train = latents[:len(data.train)].float()
     save(args.latents, stage="latents", config=dict(size=args.size, ratio=args.ratio, data=args.data),
          settings=settings, metrics=metrics, latents=latents, mean=train.mean((0, 2, 3, 4)),
-         std=train.std((0, 2, 3, 4)), train_clips=len(data.train), captions=data.captions,
+         std=train.std((0, 2, 3, 4)).clamp(min=1e-4), train_clips=len(data.train), captions=data.captions,
          held_out_captions=data.held_out_captions, embeddings=data.embeddings)
     finish(args, "vae", metrics, "python dit.py", loop)
 
@@ -406,6 +409,10 @@ def fail(message):
     """One line for the person at the keyboard, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -480,10 +487,6 @@ def check_size(size, ratio):
                  f"{max(1, round(n / rs)) * rs}")
 
 
-def latent_shape(size, ratio, channels):
-    return channels, 1 + (size[0] - 1) // ratio[0], size[1] // ratio[1], size[2] // ratio[2]
-
-
 def set_up(args, cpu_bf16=False):
     """-> the device, and a function that returns the autocast context of --dtype. On a CPU bfloat16 pays for the
     convolutions of the VAE (where the processor has it), not for the small matrices of a tiny DiT."""
@@ -492,7 +495,7 @@ def set_up(args, cpu_bf16=False):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+        fail(f"--device {name} cannot be used here: {first_line(error)}")
     fast = device.type == "cuda" or cpu_bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     use_bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
@@ -548,21 +551,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            updates = {}  # by shape: one batched product is faster than many small ones
+            for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-                tall = len(x) > x.shape[1]
-                x = x.T if tall else x
-                x = x / (x.norm() + 1e-7)
-                gram, q = x @ x.T, torch.eye(len(x), device=x.device)
-                for _ in range(5):  # on the small Gram matrix: x itself is touched twice only
-                    iteration = 3.4445 * torch.eye(len(x), device=x.device) - 4.775 * gram + 2.0315 * gram @ gram
-                    q, gram = iteration @ q, iteration @ gram @ iteration
-                x = (q @ x).T if tall else q @ x
-                p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, p.shape[0] / p[0].numel()) ** 0.5)
+                updates.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"]).flatten(1)))
+            for shape, pairs in updates.items():
+                x = torch.stack([update for _, update in pairs])
+                tall = x.shape[1] > x.shape[2]
+                x = x.mT if tall else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                gram, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+                q = eye
+                for _ in range(5):  # on the small Gram matrices: the long x is touched twice only
+                    step = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
+                    q, gram = step @ q, step @ gram @ step
+                x = q @ x
+                rate = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
+                for (p, _), update in zip(pairs, x.mT if tall else x):
+                    p.add_(update.reshape(shape), alpha=-rate)
 
 
 def write_aside(path, write):
@@ -578,7 +585,7 @@ def write_aside(path, write):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             aside.unlink()
-        fail(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is untouched")
+        fail(f"cannot write {path}: {first_line(error)}; what was there before is untouched")
 
 
 def save(path, **checkpoint):
@@ -586,7 +593,8 @@ def save(path, **checkpoint):
     write_aside(Path(path), lambda f: torch.save(checkpoint, f))
 
 
-COMMANDS = {"vae": "vae.py", "latents": "vae.py", "dit": "dit.py", "pruned": "prune.py", "student": "distill.py"}
+COMMANDS = {"vae": "vae.py", "latents": "vae.py", "dit": "dit.py", "masks": "prune.py", "pruned": "prune.py",
+            "student": "distill.py"}
 
 
 def load(path, *stages):
@@ -604,13 +612,23 @@ def load(path, *stages):
     return checkpoint
 
 
-def stop_if_done(path, settings, then):
-    """Leaves if `path` was made with these settings, refuses if with others: nothing is overwritten unasked."""
-    if not path.exists():
-        return
-    check_settings(path, load(path, *COMMANDS)["settings"], settings)
-    print(f"{path} is done; next: {then}")
-    sys.exit(0)
+def stop_if_done(paths, settings, then):
+    """Leaves if all of `paths` were made with these settings, refuses if one was with others: nothing is overwritten
+    unasked."""
+    there = [path for path in paths if path.exists()]
+    for path in there:
+        check_settings(path, load(path, *COMMANDS)["settings"], settings)
+    if there == paths:
+        print(f"{paths[0]} is done; next: {then}")
+        sys.exit(0)
+
+
+def fingerprint(tensors):
+    """A number that tells these tensors from others, so that a stage notices when what it was made from has changed."""
+    crc = 0
+    for x in tensors:
+        crc = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return crc
 
 
 def check_settings(path, old, new):
@@ -621,8 +639,8 @@ def check_settings(path, old, new):
 
 
 class Loop:
-    """The steps that a training run still has to do. Each comes with its own generator, seeded by (seed, step), so a
-    resumed run repeats an unbroken one bit by bit. Saves every --save-every seconds and when told to stop (Ctrl-C,
+    """The steps that a training run still has to do. Each comes with its own generator, seeded by (stage, seed, step),
+    so a resumed run repeats an unbroken one bit by bit. Saves every --save-every seconds and when told to stop (Ctrl-C,
     SIGTERM); `state` is everything with a state_dict that the run changes."""
 
     def __init__(self, stage, args, settings, steps, **state):
@@ -643,11 +661,19 @@ class Loop:
 
     def __iter__(self):
         old = {s: signal.signal(s, lambda s, _: setattr(self, "stop", s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield from self.remaining()
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def remaining(self):
         saved = printed = time.monotonic()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=None, dynamic_ncols=True)
         while self.step < self.steps:
             start = time.monotonic()
-            yield self.step, torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+            seed = (self.args.seed * 1_000_003 + self.step) * 31 + zlib.crc32(self.stage.encode())
+            yield self.step, torch.Generator().manual_seed(seed)
             self.step += 1
             now = time.monotonic()
             self.seconds += now - start
@@ -666,14 +692,12 @@ class Loop:
                 sys.exit(128 + self.stop)
         bar.close()
         self.save()  # what follows a loop may be interrupted too
-        for s, handler in old.items():
-            signal.signal(s, handler)
 
     def log(self, **values):
         for name, value in values.items():
             if not math.isfinite(value):
-                fail(f"{name} is {value} at step {self.step}: try a smaller --lr; the last good state is "
-                     f"{self.path if self.path.exists() else 'not saved yet'}")
+                fail(f"{name} is {value} at step {self.step}: the last save is "
+                     f"{self.path if self.path.exists() else 'not made yet'}; delete it and try a smaller --lr")
             self.history.setdefault(name, []).append(value)
 
 

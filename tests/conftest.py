@@ -9,7 +9,7 @@ import vae
 
 torch.manual_seed(0)
 MICRO = {  # stage -> (its main, flags that make it tiny)
-    "vae": (vae.main, "--size 5x16x16 --width 16 --clips 96 --steps 6 --batch-size 4"),
+    "vae": (vae.main, "--size 5x16x16 --width 16 --latent-channels 8 --clips 96 --steps 6 --batch-size 4"),
     "dit": (dit.main, "--width 32 --depth 3 --heads 4 --head-dim 16 --ffn 64 --steps 6 --batch-size 8"),
     "prune": (prune.main, "--blocks 2 --heads 2 --ffn 48 --mask-steps 4 --steps 4 --batch-size 8"),
     "distill": (distill.main, "--frozen-blocks 1 --teacher-steps 2 --steps 4 --batch-size 8"),

@@ -76,10 +76,10 @@ def test_a_new_model_is_the_zero_function_and_its_blocks_the_identity():
     assert v.abs().max() == 0 and torch.equal(features[0], features[1])
 
 
-def test_unknown_words_are_named_and_ignored(capsys):
-    vocabulary = ["<pad>", "<unknown>", "a", "red", "circle"]
+def test_unknown_words_are_named_and_left_out(capsys):
+    vocabulary = ["<pad>", "a", "red", "circle"]
     tokens = dit.tokenize(["A red, CIRCLE", "a turquoise circle"], vocabulary, 5)
-    assert tokens.tolist() == [[2, 3, 4, 0, 0], [2, 1, 4, 0, 0]]
+    assert tokens.tolist() == [[1, 2, 3, 0, 0], [1, 3, 0, 0, 0]]
     assert "turquoise" in capsys.readouterr().err
 
 

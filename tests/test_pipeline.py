@@ -177,7 +177,7 @@ def test_an_app_can_sample_from_the_manifest_alone(scored_run):
     folder = scored_run / "coreml"
     manifest = json.loads((folder / "manifest.json").read_text())
     prompt = "a red circle moving left"
-    numbers = [manifest["vocabulary"].index(w) if w in manifest["vocabulary"] else 1 for w in prompt.split()]
+    numbers = [manifest["vocabulary"].index(w) for w in prompt.split() if w in manifest["vocabulary"]]
     numbers += [0] * (manifest["words"] - len(numbers))
     g = torch.Generator().manual_seed(0)
     noises = torch.randn(len(manifest["timesteps"]), *manifest["latent_shape"], generator=g)

@@ -42,6 +42,26 @@ def test_a_picture_is_a_video_of_one_frame():
     torch.testing.assert_close(model.decode(z[:, :, :1]), model.decode(z)[:, :, :1])
 
 
+@pytest.mark.parametrize("preset", vae.PRESETS)
+def test_every_preset_is_a_network_that_can_be_built(preset):
+    p = {k: vae.dims(v) if k in ("size", "ratio") else v for k, v in vae.PRESETS[preset].items()}
+    vae.check_size(p["size"], p["ratio"])
+    with torch.device("meta"):
+        model = vae.VAE(p["ratio"], p["latent_channels"], p["width"], p["blocks"])
+        assert model.encode(torch.empty(1, 3, 1, *p["ratio"][1:]))[0].shape == (1, p["latent_channels"], 1, 1, 1)
+
+
+def test_the_norm_for_the_phone_is_the_same_norm_and_survives_float16():
+    norm, x = vae.RMSNorm(64, affine=False), torch.randn(5, 64)
+    plain = norm(x)
+    norm.float16_safe = True
+    torch.testing.assert_close(norm(x), plain, rtol=1e-4, atol=1e-4)
+    large = x.half() * 4000  # its squares leave float16's range
+    torch.testing.assert_close(norm(large).float(), plain, rtol=1e-2, atol=1e-2)
+    norm.float16_safe = False
+    assert not torch.allclose(norm(large).float(), plain, rtol=1e-2, atol=1e-2)
+
+
 def test_psnr_is_that_of_its_definition():
     class Off(torch.nn.Module):
         def encode(self, x):
