@@ -1,14 +1,14 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
 # make test                                the tests
-# Each stage that is done says so and is skipped; one that was interrupted goes on where it was.
+# Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
 DATA ?= shapes
 RUN ?= runs/tiny
 PY = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test pictures clean
 
 demo: .venv/ready
 	$(PY) vae.py --run "$(RUN)" --data "$(DATA)"
@@ -26,6 +26,9 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+pictures: demo
+	mkdir -p docs && cp "$(RUN)/compare.gif" docs/
 
 clean:
 	rm -rf .venv runs/tiny

@@ -10,7 +10,7 @@ attention and cross-attention to the text. Result: 4 steps without classifier-fr
     caption, s, noisy real or generated latents --> K frozen blocks --> learnable blocks --> one score a token
                                                     (never trained)     3D attention,        -> mean: real or not
                                                                         cross-attention
-Our reading: the hinge loss; real and generated latents get the same noise at the same low level s before they are
+Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the same low level s before they are
 judged; x0 is noised again between sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG
 trajectory from the same x_t; optionally a smoothness term on the discriminator (approximate R1).
 
@@ -48,9 +48,11 @@ def predict_x0(dit, x_t, t, text):
     return x_t - t.view(-1, 1, 1, 1, 1) * dit(x_t, t, text).float()
 
 
-def student_times(steps):
-    """The levels at which a `steps`-step student starts its jumps: 1, 3/4, 1/2, 1/4 for four."""
-    return torch.linspace(1, 0, steps + 1)[:-1]
+def student_times(steps, shift=3.0):
+    """The levels at which a `steps`-step student starts its jumps: 1, 9/10, 3/4, 1/2 for four. Shifted towards noise,
+    where what the clip shows is decided; from 1/2 on hardly anything is."""
+    t = torch.linspace(1, 0, steps + 1)[:-1]
+    return shift * t / (1 + (shift - 1) * t)
 
 
 @torch.no_grad()

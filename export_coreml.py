@@ -261,7 +261,7 @@ def main(argv=None):
         reference = decoder(sample_student(dit, noises, tokens))
     for name in names:
         metrics[name]["parity_max_abs"] = max(differences[name])
-    psnr_db = -10 * (video - reference).square().mean().log10().item()
+    psnr_db = metrics["decoder"]["video_psnr_db"] = -10 * (video - reference).square().mean().log10().item()
 
     manifest = dict(
         packages={name: dict(file=packages[name].name, inputs={k: list(v.shape) for k, v in inputs[name].items()},

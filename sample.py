@@ -277,15 +277,16 @@ def report(args, device, precision):
     """compare.gif and compare.png: a row a prompt, a column a stage, from the same noise; report.html around them."""
     data, vae = Latents(args.latents, device), load_vae(args.vae, device)
     held, captions = data.file["held_out_captions"], sorted(set(data.captions))
-    captions = captions[::max(1, len(captions) // 4)][:4] + held[::max(1, len(held) // 2)][:2]
+    captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
+    captions += held[::max(1, len(held) // 2)][:2]
     models = [Model(args.run / f"{stage}.pt", device, precision, args.steps, args.cfg) for stage in STAGES]
     where = {c: i for i, c in enumerate(data.captions + data.test_captions)}  # a test clip, if the caption has one
     real = torch.cat([data.x0, data.test_x0])[[where[c] for c in captions]]
-    columns = {"input, through the VAE": decode(vae, models[0].checkpoint, real, precision)}
+    columns = {"input": decode(vae, models[0].checkpoint, real, precision)}
     for model in models:
         x0 = model.sample(model.tokens(captions), model.noise(len(captions), args.seed))
         title = {"dit": "teacher", "pruned": "pruned", "student": "student"}[model.stage]
-        columns[f"{title}, {model.evaluations} evaluations"] = decode(vae, models[0].checkpoint, x0, precision)
+        columns[f"{title} ({model.evaluations})"] = decode(vae, models[0].checkpoint, x0, precision)
     rows = [[cell(clips[i], f"{title}: {caption}" + (" (held out)" if caption in held else ""), 160)
              for title, clips in columns.items()] for i, caption in enumerate(captions)]
     write_video(args.run / "compare.gif", rows, args.fps)
@@ -307,7 +308,8 @@ def report(args, device, precision):
 margin:auto;padding:1rem}}img{{max-width:100%}}td,th{{padding:.2rem .8rem;text-align:left}}
 .wide{{overflow-x:auto}}.curves{{display:flex;flex-wrap:wrap;gap:1rem}}figure{{margin:0}}</style>
 <h1>Mobile Video DiT</h1>
-<p>One row a prompt, one column a stage, all from the same noise.</p><img alt="comparison of the stages"
+<p>One row a prompt; columns: a real clip through the VAE, then each stage from the same noise, with its network
+evaluations a clip.</p><img alt="comparison of the stages"
 src="data:image/gif;base64,{image}"><h2>Scores</h2><div class=wide><table>
 <tr><th></th>{"".join(f"<th>{s}</th>" for s in scores)}</tr>{table}</table></div><h2>Training</h2>
 <div class=curves>{curves}</div>{masks}<h2>metrics.json</h2>

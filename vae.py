@@ -5,7 +5,7 @@ video transformer fast is to give it fewer tokens. The paper compares ratios fro
 (time x height x width) and settles on 8x32x32; `--ratio` takes any of them, and 4x8x8 for the tiny preset.
 
     pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]
-       |  space to depth, then one stage for each further halving; the last stages halve time as well
+       |  space to depth, then one stage for each further halving, of space, of time, or of both
     latents  [b, c, 1 + k, h/rs, w/rs]  mean and log-variance of a diagonal Gaussian
        |  the mirror image
     pixels   [b, 3, 1 + k*rt, h, w]

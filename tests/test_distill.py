@@ -63,7 +63,12 @@ def test_the_student_makes_one_evaluation_a_step_without_guidance(micro_dit, ste
     micro_dit.register_forward_hook(lambda _, args, __: calls.append((len(args[0]), args[1][0].item())))
     noises = torch.randn(steps, 3, 4, 2, 3, 3)
     distill.sample_student(micro_dit, noises, inputs()[1])
-    assert calls == [(3, pytest.approx(1 - i / steps)) for i in range(steps)]
+    assert calls == [(3, pytest.approx(t)) for t in distill.student_times(steps).tolist()]
+
+
+def test_the_students_levels_start_at_pure_noise_and_crowd_there():
+    torch.testing.assert_close(distill.student_times(4), torch.tensor([1, 0.9, 0.75, 0.5]))
+    assert distill.student_times(1).tolist() == [1]
 
 
 def test_the_student_starts_from_noise_and_forgets_a_perfect_x0():
