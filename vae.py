@@ -122,7 +122,7 @@ class Shapes:
 
 class Folder:
     """Windows of real clips: whatever FFmpeg decodes, `name.mp4` with its caption in `name.txt`, centre-cropped and
-    resized. The last tenth of each clip (one window at least) is never trained on. `name.npy`, [tokens, dim] float,
+    resized. A tenth from the middle of each clip (one window at least) is never trained on. `name.npy`, [tokens, dim],
     is an optional embedding of the caption by an encoder of your own. Unusable files are named and skipped."""
 
     def __init__(self, folder, frames, height, width, clips, stride):
@@ -143,9 +143,13 @@ class Folder:
             except Exception as error:  # PyAV raises dozens of kinds; a clip that cannot be used is skipped by name
                 print(f"skipped {path.name}: {first_line(error)}", file=sys.stderr)
                 continue
-            cut = len(video) - max(span, len(video) // 10)
-            windows["train"] += [(len(self.videos), s) for s in range(cut - span + 1)]
-            windows["test"] += [(len(self.videos), s) for s in range(cut, len(video) - span + 1)]
+            held = max(span, len(video) // 10)
+            first = (len(video) - held) // 2 if len(video) >= 3 * span else len(video) - held  # of the held-out frames
+            for s in range(len(video) - span + 1):  # windows that hold both kinds of frames are left out
+                if s + span <= first or s >= first + held:
+                    windows["train"].append((len(self.videos), s))
+                elif s >= first and s + span <= first + held:
+                    windows["test"].append((len(self.videos), s))
             self.videos.append(torch.from_numpy(video))
             names.append(" ".join(caption))
         if not self.videos:
