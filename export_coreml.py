@@ -12,7 +12,7 @@ that it needs for that: timesteps, shapes, names, vocabulary, and the statistics
 
 Core ML runs only on Apple's systems. So `check` reads each saved package back from disk, graph and weights, and
 evaluates it operation by operation with torch, every result rounded to the precision the program declares (float16
-between operations, wider sums inside one, as on the Neural Engine). An operation it does not know is an error.
+between operations, and wider sums inside one: our assumption). An operation that it does not know is an error.
 
     python export_coreml.py                          # runs/tiny/student.pt, vae.pt -> runs/tiny/coreml/
 """

@@ -174,7 +174,7 @@ def main(argv=None):
     p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
     p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
-    p.add_argument("--masks", type=Path, help="the learned masks (default: RUN/masks.pt)")
+    p.add_argument("--masks", type=Path, help="the learned masks")
     p.add_argument("--out", type=Path, help="the pruned DiT")
     training_flags(p)
     args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", masks="masks.pt", out="pruned.pt")

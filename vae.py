@@ -511,8 +511,8 @@ def count(module):
 
 class Optimizer:
     """AdamW as the paper states (`--optimizer adamw`), or Muon for the weight matrices of linear and convolution
-    layers with AdamW for all else: at these small step counts Muon needs about a third of the steps. A step clips
-    the gradient, updates, and moves the learning rate: up in 30 steps, then down to zero along a cosine."""
+    layers with AdamW for all else, which gets further in the few steps of a laptop. A step clips the gradient, updates,
+    and moves the learning rate: up in 30 steps, then down to zero along a cosine."""
 
     def __init__(self, model, args, steps):
         matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
