@@ -107,14 +107,14 @@ class Discriminator(nn.Module):
         return self.out(self.norm(x)).squeeze(-1).mean(dim=1).float()
 
 
-def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1, g):
+def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1=0.0, disturbance=None):
     """Hinge loss on real and generated latents with the same noise at the same level; r1 weighs how much a small
-    disturbance of the real ones changes their score. -> the loss, and how often each is told right."""
+    disturbance [b, c, t, h, w] of the real ones changes their score. -> the loss, and how often each is told right."""
     both = torch.cat([add_noise(real, noise, s), add_noise(fake, noise, s)])
     on_real, on_fake = discriminator(both, torch.cat([s, s]), torch.cat([tokens, tokens])).chunk(2)
     loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
     if r1:
-        disturbed = add_noise(real, noise, s) + 0.01 * torch.randn(real.shape, generator=g).to(real.device)
+        disturbed = add_noise(real, noise, s) + 0.01 * disturbance
         loss = loss + r1 * (discriminator(disturbed, s, tokens) - on_real).square().mean() / 0.01 ** 2
     return loss, ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
 
@@ -146,13 +146,14 @@ def main(argv=None):
     device, precision = set_up(args)
     teacher, _ = load_dit(args.teacher, device, "dit")
     start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
-    data = Latents(args.latents, device)
+    data = Latents(args.latents)
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
                  "pruned": fingerprint(start.parameters())}
     stop_if_done([args.out], settings, then)
 
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
+    student.recompute = args.recompute
     try:
         discriminator = Discriminator(start, args.frozen_blocks, args.learned_blocks).to(device)
     except ValueError as error:
@@ -160,15 +161,17 @@ def main(argv=None):
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95 if args.preset == "tiny" else 0.999))
     optimizer, d_optimizer = Optimizer(student, args, args.steps), Optimizer(discriminator, args, args.steps)
     predict = torch.compile(predict_x0) if args.compile else predict_x0
-    times, b = student_times(args.sampling_steps), args.batch_size
+    times, shape = student_times(args.sampling_steps), data.latents.shape[1:]
 
-    loop = Loop("distill", args, settings, args.steps, student=student, discriminator=discriminator, ema=ema,
-                optimizer=optimizer, d_optimizer=d_optimizer)
-    for _, g in loop:
-        real, tokens, noise = data.draw(b, g)
-        t = times[torch.randint(len(times), (b,), generator=g)].to(device)
-        x_t, s = add_noise(real, noise, t), logit_normal(b, g, args.level).to(device)
-        s_noise = torch.randn(real.shape, generator=g).to(device)
+    def draw(g):  # and besides: which of the student's levels; the level, noise and disturbance for the discriminator
+        real, tokens, noise, _ = data.draw(g)
+        return (real, tokens, noise, times[g.randint(len(times))], logit_normal(g, args.level), g.randn(*shape),
+                g.randn(*shape))
+
+    loop = Loop("distill", args, settings, args.steps, device, draw, student=student, discriminator=discriminator,
+                ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
+    for _, (real, tokens, noise, t, s, s_noise, disturbance) in loop:
+        x_t = add_noise(real, noise, t)
         loss, values = 0.0, {}
         with precision():
             fake = predict(student, x_t, t, student.text_encoder(tokens))
@@ -179,7 +182,8 @@ def main(argv=None):
                 loss = loss + args.distillation * values["distillation"]
         if args.adversarial:
             with precision():
-                d_loss, told = discriminator_loss(discriminator, real, fake.detach(), s, s_noise, tokens, args.r1, g)
+                d_loss, told = discriminator_loss(discriminator, real, fake.detach(), s, s_noise, tokens, args.r1,
+                                                   disturbance)
             d_optimizer.step(d_loss)
             with precision():
                 values["generator"] = -discriminator(add_noise(fake, s_noise, s), s, tokens).mean()

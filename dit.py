@@ -22,8 +22,10 @@ with and without the caption, are the 80 network evaluations that distill.py bri
 Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config), as the
 discriminator's features (the first K blocks).
 """
+import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,8 +33,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, load, parse, parser, positive, save,
+from vae import PRESETS as VAE_PRESETS
+from vae import (Loop, Optimizer, RMSNorm, check_size, count, dims, fail, finish, load, parse, parser, positive, save,
                  set_up, stop_if_done, training_flags)
 
 PRESETS = {
@@ -114,6 +121,18 @@ def rotate(x, rope):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim], by PyTorch's fused kernel. On a CPU that kernel
+    gains nothing from bfloat16; written out, a few heads at a time so that their scores stay small, it does."""
+    if q.is_meta:  # for `cost`: as a GPU would
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    few = max(1, 2 ** 21 // (q.shape[2] * k.shape[2]))
+    parts = zip(*(x.flatten(0, 1).contiguous().split(few) for x in (q * q.shape[-1] ** -0.5, k, v)))
+    return torch.cat([(q @ k.mT).softmax(-1) @ v for q, k, v in parts]).view_as(q)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, width] to itself or to a context [b, m, width]."""
 
@@ -132,7 +151,7 @@ class Attention(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q.type_as(v), k.type_as(v), v)
         if head_mask is not None:
             x = x * head_mask[:, None, None]
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -184,6 +203,7 @@ class DiT(nn.Module):
         self.config = dict(latent_channels=latent_channels, width=width, depth=depth, heads=heads, head_dim=head_dim,
                            ffn=ffn, vocabulary=vocabulary, text_tokens=text_tokens, text_dim=text_dim)
         self.time_dim, self.head_dim = width // 2, head_dim
+        self.recompute = False  # activations, in the backward pass: less memory for more time
         self.text_encoder = TextEncoder(width, vocabulary, text_tokens, text_dim)
         self.embed = nn.Linear(latent_channels, width)
         self.time = nn.Sequential(nn.Linear(self.time_dim, self.time_dim), nn.SiLU(),
@@ -217,6 +237,8 @@ class DiT(nn.Module):
         x, modulation, rope, time = self.prepare(x_t, t)
         features = []
         for i, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, modulation, text, rope, masks and {level: mask[i] for level, mask in masks.items()})
             features.append(x)
         shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
@@ -234,7 +256,7 @@ def add_noise(x0, noise, t):
     return (1 - t) * x0 + t * noise
 
 
-def flow_loss(dit, x0, noise, t, tokens):
+def flow_loss(dit, x0, tokens, noise, t):
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(tokens))
     return F.mse_loss(velocity.float(), noise - x0)
 
@@ -262,41 +284,47 @@ def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg):
 
 
 class Latents:
-    """latents.pt, normalised to mean 0 and deviation 1 a channel, with the captions as the DiT takes them."""
+    """latents.pt, normalised to mean 0 and deviation 1 a channel, with the captions as the DiT takes them. The latents
+    stay on disk: what is not asked for is not in memory."""
 
-    def __init__(self, path, device):
+    def __init__(self, path):
         file = load(path, "latents")
-        self.file, self.device = file, device
+        self.file, self.latents, self.fingerprint = file, file["latents"], file["fingerprint"]
         self.mean, self.std = (file[k].view(-1, 1, 1, 1) for k in ("mean", "std"))
         n, self.embeddings = file["train_clips"], file["embeddings"]
-        self.fingerprint = fingerprint([file["latents"]])
-        self.x0 = ((file["latents"].float() - self.mean) / self.std).to(device)
+        self.train, self.test = range(n), range(n, len(self.latents))
         self.captions, self.test_captions = file["captions"][:n], file["captions"][n:]
-        self.x0, self.test_x0 = self.x0[:n], self.x0[n:]
         self.vocabulary = ["<pad>", *sorted({w for c in set(self.captions) for w in words(c)})]
         self.text_tokens, self.text_dim = max(len(words(c)) for c in set(self.captions)), 0
         if self.embeddings:
             self.text_tokens, self.text_dim = next(iter(self.embeddings.values())).shape
         different = sorted(set(self.captions))  # each caption's input once, and which of them a clip has
-        self.text, index = text_input(self.context(), different).to(device), {c: i for i, c in enumerate(different)}
+        self.text, index = text_input(self.context(), different), {c: i for i, c in enumerate(different)}
         self.caption = torch.tensor([index[c] for c in self.captions])
 
-    def draw(self, n, g):
-        """n training clips, their captions and fresh noise, all from one generator."""
-        i = torch.randint(len(self.x0), (n,), generator=g)
-        x0, tokens = self.x0[i.to(self.device)], self.text[self.caption[i].to(self.device)]
-        return x0, tokens, torch.randn(n, *self.x0.shape[1:], generator=g).to(self.device)
+    def x0(self, indices):
+        """Clean latents [b, c, t, h, w] of these clips."""
+        return (self.latents[torch.as_tensor(indices)].float() - self.mean) / self.std
+
+    def draw(self, g, empty_share=0.0):
+        """Training clips, their captions (some left empty, for CFG; with embeddings of your own: zeros), fresh noise
+        and levels: x0 and noise [b, c, t, h, w], tokens [b, words], t [b]."""
+        i = g.randint(len(self.train))
+        tokens = self.text[self.caption[i]]
+        tokens[g.rand() < empty_share] = PAD
+        return self.x0(i), tokens, g.randn(*self.latents.shape[1:]), logit_normal(g)
 
     def context(self):
         """What a checkpoint needs beside the weights, so that sampling needs no data set."""
         return dict(vocabulary=self.vocabulary, text_tokens=self.text_tokens, embeddings=self.embeddings,
                     captions=sorted(set(self.captions)), held_out_captions=self.file["held_out_captions"],
-                    latent_shape=list(self.x0.shape[1:]), latent_mean=self.file["mean"], latent_std=self.file["std"])
+                    latent_shape=list(self.latents.shape[1:]), latent_mean=self.file["mean"],
+                    latent_std=self.file["std"])
 
 
-def logit_normal(n, g, mean=0.0):
-    """Noise levels [n] in (0, 1), most of them in the middle, where the flow is hardest to predict."""
-    return torch.sigmoid(mean + torch.randn(n, generator=g))
+def logit_normal(g, mean=0.0):
+    """Noise levels [b] in (0, 1), most of them in the middle, where the flow is hardest to predict."""
+    return torch.sigmoid(mean + g.randn())
 
 
 def load_dit(path, device, *stages):
@@ -313,6 +341,79 @@ def context(checkpoint):
     return {k: v for k, v in checkpoint.items() if k not in own}
 
 
+# ---------------------------------------------------------------------------------------------- what a size costs
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that the operations inside it read and write, as eager PyTorch does: nothing is fused."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+def cost(config, latent_shape, recompute=False):
+    """What one clip [c, t, h, w] costs a DiT in training, on PyTorch's meta device: nothing is allocated or computed.
+    -> a dict: params, tokens, forward_flops, step_flops (forward and backward), step_bytes (read and written, without
+    the optimiser), activation_bytes (kept for the backward pass), in bfloat16."""
+    with torch.device("meta"):
+        dit, x0, t = DiT(**config).bfloat16(), torch.empty(1, *latent_shape).bfloat16(), torch.empty(1).bfloat16()
+        text = (1, config["text_tokens"])
+        tokens = torch.empty(*text, config["text_dim"]).bfloat16() if config["text_dim"] else torch.empty(text).long()
+    dit.recompute, kept = recompute, {}
+    weights = {p.untyped_storage()._cdata for p in dit.parameters()}
+
+    def keep(x):  # what autograd saves; views of one storage count once
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = flow_loss(dit, x0, tokens, torch.empty_like(x0), t)
+        forward = flops.get_total_flops()
+        loss.backward()
+    return dict(params=count(dit), tokens=math.prod(latent_shape[1:]), forward_flops=forward,
+                step_flops=flops.get_total_flops(), step_bytes=traffic.bytes,
+                activation_bytes=sum(storage.nbytes() for key, storage in kept.items() if key not in weights))
+
+
+def planned(preset, size=None):
+    """-> the config of a preset's DiT and the latent shape of a clip (frames, height, width), before there is any data:
+    captions as 128 embeddings of 4096 channels, as of T5-XXL."""
+    vae, own = VAE_PRESETS[preset], PRESETS[preset]
+    size, ratio = size or dims(vae["size"]), dims(vae["ratio"])
+    check_size(size, ratio)
+    config = {k: own[k] for k in ("width", "depth", "heads", "head_dim", "ffn")}
+    config |= dict(latent_channels=vae["latent_channels"], vocabulary=0, text_tokens=128, text_dim=4096)
+    return config, (vae["latent_channels"], 1 + (size[0] - 1) // ratio[0], size[1] // ratio[1], size[2] // ratio[2])
+
+
+def dry_run(config, latent_shape):
+    """Prints what this DiT would cost; -> its parameters."""
+    def si(n):
+        return next(f"{n / scale:.3g} {unit}" for unit, scale in zip("TGMk ", (1e12, 1e9, 1e6, 1e3, 1)) if n >= scale)
+
+    with torch.device("meta"):
+        dit = DiT(**config)
+    block, once, again = dit.blocks[0], cost(config, latent_shape), cost(config, latent_shape, recompute=True)
+    print(f"{config['depth']} blocks, {config['heads']} heads of {config['head_dim']}, FFN {config['ffn']}, width "
+          f"{config['width']}: {si(once['params'])} parameters\n"
+          f"  a block: self-attention {si(count(block.self_attention))}, cross-attention "
+          f"{si(count(block.cross_attention))}, FFN {si(count(block.feed_forward))}; all {si(count(dit.blocks))}; "
+          f"text encoder {si(count(dit.text_encoder))}\n"
+          f"  a clip: latents {'x'.join(map(str, latent_shape))}, {once['tokens']:,} tokens; one evaluation "
+          f"{si(once['forward_flops'])}FLOP\n"
+          f"  weights, gradients, AdamW's two moments and EMA, in float32: {si(20 * once['params'])}B")
+    for name, c in ("a training step a clip", once), ("  the same with --recompute", again):
+        print(f"  {name}: {si(c['step_flops'])}FLOP, {si(c['step_bytes'])}B read and written, "
+              f"{si(c['activation_bytes'])}B of activations kept")
+    return once["params"]
+
+
 def main(argv=None):
     p = parser(__doc__, PRESETS)
     p.add_argument("--width", type=positive, help="channels of a token")
@@ -323,32 +424,36 @@ def main(argv=None):
     p.add_argument("--cfg-dropout", type=float, default=0.1, help="share of captions left empty (default: 0.1)")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the trained DiT")
+    p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
+                   help="only say what the preset costs: parameters, FLOPs, memory; for clips of a SIZE in pixels")
     training_flags(p)
     args = parse(p, PRESETS, argv, latents="latents.pt", out="dit.pt")
+    if args.dry_run is not None:
+        config, latent_shape = planned(args.preset, args.dry_run)
+        dry_run(config | {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn")}, latent_shape)
+        return
     settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
                                               "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
-    data = Latents(args.latents, device)
+    data = Latents(args.latents)
     settings["latents"] = data.fingerprint
     stop_if_done([args.out], settings, "python prune.py")
     if args.head_dim % 2:
         fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
 
     torch.manual_seed(args.seed)
-    dit = DiT(data.x0.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
+    dit = DiT(data.latents.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
               data.text_tokens, data.text_dim).to(device)
+    dit.recompute = args.recompute
     ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(0.99 if args.preset == "tiny" else 0.9995))
     optimizer = Optimizer(dit, args, args.steps)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
 
-    loop = Loop("dit", args, settings, args.steps, model=dit, ema=ema, optimizer=optimizer)
-    for _, g in loop:
-        x0, tokens, noise = data.draw(args.batch_size, g)
-        t = logit_normal(args.batch_size, g).to(device)
-        empty = (torch.rand(args.batch_size, generator=g) < args.cfg_dropout).to(device)
-        tokens[empty] = PAD  # for embeddings of your own: zeros
+    loop = Loop("dit", args, settings, args.steps, device, model=dit, ema=ema, optimizer=optimizer,
+                draw=lambda g: data.draw(g, args.cfg_dropout))
+    for _, (x0, tokens, noise, t) in loop:
         with precision():
-            loss = loss_fn(dit, x0, noise, t, tokens)
+            loss = loss_fn(dit, x0, tokens, noise, t)
         optimizer.step(loss)
         ema.update_parameters(dit)
         loop.log(loss=loss.item())

@@ -28,9 +28,10 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import PAD, DiT, Latents, add_noise, context, load_dit, logit_normal
-from vae import (Loop, Optimizer, count, fail, fingerprint, finish, parse, parser, positive, save, set_up, stop_if_done,
-                 training_flags)
+from dit import DiT, Latents, add_noise, context, dry_run, load_dit, planned
+from vae import PRESETS as VAE_PRESETS
+from vae import (WORLD, Draws, Loop, Optimizer, average, count, dims, fail, fingerprint, finish, parse, parser,
+                 positive, save, set_up, stop_if_done, training_flags)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
     "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
@@ -53,7 +54,7 @@ def full_masks(config):
             "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
 
 
-def sensitivity(dit, criterion, batches, seed=0):
+def sensitivity(dit, criterion, batches, seed=0, batch_size=WORLD):
     """One score a unit, in the masks' shapes; higher means keep. batches: a list of (x0, tokens, noise, t).
 
     taylor, and where learned masks start: |d loss / d mask|, the first-order estimate of what cutting the unit
@@ -78,7 +79,9 @@ def sensitivity(dit, criterion, batches, seed=0):
             m.requires_grad_(True)
         velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(tokens), masks)
         loss = F.mse_loss(velocity, noise - x0)
-        for name, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values()))):
+        gradients = torch.autograd.grad(loss, list(masks.values()))
+        average(gradients, batch_size)  # over the processes that share the batch
+        for name, gradient in zip(masks, gradients):
             scores[name] += gradient.abs() / len(batches)
     return scores
 
@@ -151,15 +154,9 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept=None):
     if "features" in kd:
         # The masked student still has all blocks, the dense one only those that stay.
         pairs = [(features[i] if masks else features[j], target_features[i]) for j, i in enumerate(kept)]
-        loss = loss + sum((f - g).square().mean() / g.square().mean() for f, g in pairs) / len(pairs)
+        relative = [(f - g).square().mean((1, 2)) / g.square().mean((1, 2)) for f, g in pairs]
+        loss = loss + torch.stack(relative).mean()
     return loss
-
-
-def draw(data, n, g, empty_share=0.1):
-    """A batch for the losses: clips, captions (a tenth empty, since the small model is guided too), noise, levels."""
-    x0, tokens, noise = data.draw(n, g)
-    tokens[(torch.rand(n, generator=g) < empty_share).to(tokens.device)] = PAD
-    return x0, tokens, noise, logit_normal(n, g).to(x0.device)
 
 
 def main(argv=None):
@@ -176,17 +173,26 @@ def main(argv=None):
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--masks", type=Path, help="the learned masks")
     p.add_argument("--out", type=Path, help="the pruned DiT")
+    p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
+                   help="only say what the teacher and its pruned model cost, for clips of a SIZE in pixels")
     training_flags(p)
     args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", masks="masks.pt", out="pruned.pt")
     levels = args.levels.split(",")
     kd = {"both": ["output", "features"], "none": []}.get(args.kd, args.kd.split(","))
     if unknown := (set(levels) - set(LEVELS)) | (set(kd) - {"output", "features"}):
         fail(f"{', '.join(sorted(unknown))}: --levels takes blocks, heads, ffn and --kd output, features, both, none")
+    if args.dry_run is not None:  # what mobile is cut out of is server
+        config, latent_shape = planned("server" if args.preset == "mobile" else args.preset, args.dry_run or dims(
+            VAE_PRESETS[args.preset]["size"]))
+        before = dry_run(config, latent_shape)
+        after = dry_run(config | dict(depth=args.blocks, heads=args.heads, ffn=args.ffn), latent_shape)
+        print(f"pruned: {after / before:.1%} of the parameters")
+        return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
                                               "steps", "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
-    data = Latents(args.latents, device)
+    data = Latents(args.latents)
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
     stop_if_done([args.out], settings, "python distill.py")
     for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
@@ -195,23 +201,26 @@ def main(argv=None):
             fail(f"--{level} {getattr(args, level)}: the teacher has {have}, keep 1 to {have}")
 
     # 1. sensitivity, 2. masks: learned together with the weights, under KD
-    batches = [draw(data, args.batch_size, torch.Generator().manual_seed(args.seed - 1 - i)) for i in range(8)]
-    scores = sensitivity(teacher, args.criterion, batches, args.seed)
+    def draw(g):  # a tenth of the captions empty, since the small model is guided too
+        return data.draw(g, empty_share=0.1)
+
+    batches = [[x.to(device) for x in draw(Draws(f"sensitivity {args.seed} {i}", args.batch_size))] for i in range(8)]
+    scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size)
     keep = {name: getattr(args, level) if level in levels else scores[name].shape[-1]
             for level, names in LEVELS.items() for name in names}
     student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
+    student.recompute = args.recompute
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
     optimizer = Optimizer(student, args, args.mask_steps)
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=0.02 * (args.criterion == "learned"), momentum=0.9)
-    loop = Loop("masks", args, settings, args.mask_steps, student=student, masks=masks, optimizer=optimizer,
-                mask_optimizer=mask_optimizer)
-    for step, g in loop:
+    loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student, masks=masks,
+                optimizer=optimizer, mask_optimizer=mask_optimizer)
+    for step, batch in loop:
         now = masks(progress=min(1, step / (0.7 * args.mask_steps)))  # the last third at the budget
         kept = now["blocks"].nonzero().flatten().tolist()
         with precision():
-            loss = loss_fn(student, teacher, draw(data, args.batch_size, g), kd, now, kept)
-        mask_optimizer.zero_grad()
-        optimizer.step(loss)
+            loss = loss_fn(student, teacher, batch, kd, now, kept)
+        optimizer.step(loss, also=list(masks.parameters()))
         masks.level_gradients()
         mask_optimizer.step()
         loop.log(loss=loss.item())
@@ -219,6 +228,7 @@ def main(argv=None):
     # 3. cut: the dense model computes what the masked one computes
     final = {name: m.detach().round() for name, m in masks().items()}
     dense = cut(student, final)
+    dense.recompute = args.recompute
     kept = final["blocks"].nonzero().flatten().tolist()
     x0, tokens, noise, t = batches[0]
     with torch.no_grad():
@@ -228,10 +238,10 @@ def main(argv=None):
     # 4. recovery
     ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = Optimizer(dense, args, args.steps)
-    recovery = Loop("prune", args, settings, args.steps, dense=dense, ema=ema, optimizer=optimizer)
-    for _, g in recovery:
+    recovery = Loop("prune", args, settings, args.steps, device, draw, dense=dense, ema=ema, optimizer=optimizer)
+    for _, batch in recovery:
         with precision():
-            loss = loss_fn(dense, teacher, draw(data, args.batch_size, g), kd, kept=kept)
+            loss = loss_fn(dense, teacher, batch, kd, kept=kept)
         optimizer.step(loss)
         ema.update_parameters(dense)
         recovery.log(loss=loss.item())

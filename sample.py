@@ -174,7 +174,7 @@ def frechet(a, b):
 
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones."""
-    data, vae = Latents(args.latents, device), load_vae(args.vae, device)
+    data, vae = Latents(args.latents), load_vae(args.vae, device)
     on_shapes = data.file["config"]["data"] == "shapes"
     seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
     held = data.file["held_out_captions"]
@@ -187,7 +187,7 @@ def score(args, device, precision):
             continue
         model = Model(path, device, precision, args.steps, args.cfg)
         if real is None:
-            reference = data.test_x0 if len(data.test_x0) > 1 else data.x0[:256]
+            reference = data.x0(data.test if len(data.test) > 1 else data.train[:256]).to(device)
             real = fixed_features(decode(vae, model.checkpoint, reference, precision))
         captions, seconds, x0 = seen + held, [], []
         tokens, noises = model.tokens(captions), model.noise(len(captions), args.seed)
@@ -206,7 +206,7 @@ def score(args, device, precision):
                           shape=share(seen_right[:, 1]), direction=share(seen_right[:, 2]),
                           held_out_alignment=share(held_right.all(1)))
         else:
-            nearest = torch.cdist(x0.flatten(1), data.x0.flatten(1)).argmin(1).tolist()
+            nearest = torch.cdist(x0.flatten(1), data.x0(data.train).to(device).flatten(1)).argmin(1).tolist()
             result = dict(text_alignment=sum(data.captions[j] == c for j, c in zip(nearest, captions)) / len(captions))
         scores[stage] = dict(**result, **motion_scores(clips, on_shapes),
                              frechet=frechet(fixed_features(clips), real), params=count(model.dit),
@@ -275,13 +275,13 @@ def mask_map(masks):
 
 def report(args, device, precision):
     """compare.gif and compare.png: a row a prompt, a column a stage, from the same noise; report.html around them."""
-    data, vae = Latents(args.latents, device), load_vae(args.vae, device)
+    data, vae = Latents(args.latents), load_vae(args.vae, device)
     held, captions = data.file["held_out_captions"], sorted(set(data.captions))
     captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
     captions += held[::max(1, len(held) // 2)][:2]
     models = [Model(args.run / f"{stage}.pt", device, precision, args.steps, args.cfg) for stage in STAGES]
     where = {c: i for i, c in enumerate(data.captions + data.test_captions)}  # a test clip, if the caption has one
-    real = torch.cat([data.x0, data.test_x0])[[where[c] for c in captions]]
+    real = data.x0([where[c] for c in captions]).to(device)
     columns = {"input": decode(vae, models[0].checkpoint, real, precision)}
     for model in models:
         x0 = model.sample(model.tokens(captions), model.noise(len(captions), args.seed))

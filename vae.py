@@ -20,6 +20,9 @@ The sources state the ratios and the PSNR they reach; the layers, the widths and
 Reading order: the data, the model, the loss and the loop, and last the kit that the other five scripts share.
 """
 import argparse
+import atexit
+import collections
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -33,10 +36,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint_sequential
 from tqdm import tqdm
 
 PRESETS = {
@@ -130,7 +135,7 @@ class Folder:
         span = (frames - 1) * stride + 1
         windows, names, embeddings = {"train": [], "test": []}, [], {}
         for path in tqdm(sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md")),
-                         desc="reading clips", disable=None):
+                         desc="reading clips", disable=quiet()):
             try:
                 caption = path.with_suffix(".txt").read_text(encoding="utf-8").split()
                 if not caption:
@@ -275,6 +280,7 @@ class VAE(nn.Module):
         if rs != rw or rt not in (1, 2, 4, 8) or rs not in (8, 16, 32, 64):
             raise ValueError(f"ratio {rt}x{rs}x{rw}: time is 1, 2, 4 or 8, height = width is 8, 16, 32 or 64")
         self.config = dict(ratio=ratio, latent_channels=latent_channels, width=width, blocks=blocks)
+        self.recompute = False  # activations, in the backward pass: less memory for more time
         self.ratio, self.patch = ratio, 4  # the first two halvings are free: pixels into channels
         space, time = int(math.log2(rs // self.patch)), int(math.log2(rt))
         stages = max(space, time)
@@ -301,13 +307,18 @@ class VAE(nn.Module):
         """[b, 3, 1 + k*rt, h, w] -> mean and logvar, each [b, c, 1 + k, h/rs, w/rs]."""
         p = self.patch
         x = rearrange(x, "b c t (h ph) (w pw) -> b (c ph pw) t h w", ph=p, pw=p)
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        mean, logvar = self.through(self.encoder, x).chunk(2, dim=1)
         return mean, logvar.clamp(-20, 10)
+
+    def through(self, layers, x):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint_sequential(layers, len(layers), x, use_reentrant=False)
+        return layers(x)
 
     def decode(self, z):
         """[b, c, 1 + k, h/rs, w/rs] -> [b, 3, 1 + k*rt, h, w]."""
         p = self.patch
-        return rearrange(self.decoder(z), "b (c ph pw) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
+        return rearrange(self.through(self.decoder, z), "b (c ph pw) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
 
 
 def vae_loss(vae, x, noise, kl_weight):
@@ -353,7 +364,7 @@ def main(argv=None):
                                               "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
     stop_if_done([args.out, args.latents], settings, "python dit.py")
 
-    device, precision = set_up(args, cpu_bf16=True)
+    device, precision = set_up(args)
     if args.data == "shapes":
         data = Shapes(*args.size, args.clips, args.seed)
     elif Path(args.data).is_dir():
@@ -367,16 +378,16 @@ def main(argv=None):
     except ValueError as error:
         fail(str(error))
     vae.to(device, memory_format=torch.channels_last_3d)
+    vae.recompute = args.recompute
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = Optimizer(vae, args, args.steps)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
 
     (t, h, w), (rt, rs, _) = args.size, args.ratio
     z_shape = args.latent_channels, 1 + (t - 1) // rt, h // rs, w // rs
-    loop = Loop("vae", args, settings, args.steps, model=vae, ema=ema, optimizer=optimizer)
-    for _, g in loop:
-        x = data.clip(torch.randint(len(data.train), (args.batch_size,), generator=g).tolist()).to(device)
-        noise = torch.randn(args.batch_size, *z_shape, generator=g).to(device)
+    loop = Loop("vae", args, settings, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
+                draw=lambda g: (data.clip(g.randint(len(data.train)).tolist()), g.randn(*z_shape)))
+    for _, (x, noise) in loop:
         with precision():
             loss, mse = loss_fn(vae, x, noise, args.kl)
         optimizer.step(loss)
@@ -389,19 +400,34 @@ def main(argv=None):
     save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics, settings=settings,
          history=loop.history)
 
-    # The data set, once, as latents: no later stage touches pixels.
-    latents = []
-    everything = list(data.train) + list(data.test)
-    with torch.no_grad():
-        for i in tqdm(range(0, len(everything), args.batch_size), desc="encoding", disable=None):
-            with precision():
-                latents.append(vae.encode(data.clip(everything[i:i + args.batch_size]).to(device))[0].half().cpu())
-    latents = torch.cat(latents)
-    train = latents[:len(data.train)].float()
-    save(args.latents, stage="latents", config=dict(size=args.size, ratio=args.ratio, data=args.data),
-         settings=settings, metrics=metrics, latents=latents, mean=train.mean((0, 2, 3, 4)),
-         std=train.std((0, 2, 3, 4)).clamp(min=1e-4), train_clips=len(data.train), captions=data.captions,
-         held_out_captions=data.held_out_captions, embeddings=data.embeddings)
+    # The data set, once, as latents: no later stage touches pixels. They go to disk batch by batch, and are read from
+    # there, so that neither here nor later does memory grow with their number.
+    everything, b = [*data.train, *data.test], args.batch_size
+    total = torch.zeros(2, z_shape[0], dtype=torch.float64)  # of the training latents and of their squares
+
+    def encode(file):
+        for i in tqdm(range(0, len(everything), b * WORLD), desc="encoding", disable=quiet()):
+            mine = [everything[j % len(everything)] for j in range(i + b * RANK, i + b * (RANK + 1))]
+            with torch.no_grad(), precision():
+                z = gathered(vae.encode(data.clip(mine).to(device))[0].half()).cpu()[:len(everything) - i]
+            file.write(z.numpy().tobytes())
+            z = z[:max(0, len(data.train) - i)].double()
+            total.add_(torch.stack([z.sum((0, 2, 3, 4)), z.square().sum((0, 2, 3, 4))]))
+
+    part = args.latents.with_name(args.latents.name + ".part")
+    if FIRST:
+        write_aside(part, encode)
+        shape = len(everything), *z_shape
+        latents = torch.from_file(str(part), size=math.prod(shape), dtype=torch.float16).view(shape)
+        mean, square = total / (len(data.train) * math.prod(z_shape[1:]))
+        std = (square - mean.square()).clamp(min=1e-8).sqrt()
+        save(args.latents, stage="latents", config=dict(size=args.size, ratio=args.ratio, data=args.data),
+             settings=settings, metrics=metrics, latents=latents, fingerprint=fingerprint([latents]),
+             mean=mean.float(), std=std.float(), train_clips=len(data.train), captions=data.captions,
+             held_out_captions=data.held_out_captions, embeddings=data.embeddings)
+        part.unlink()
+    else:
+        encode(open(os.devnull, "wb"))
     finish(args, "vae", metrics, "python dit.py", loop)
 
 
@@ -409,10 +435,21 @@ def main(argv=None):
 # What every script needs and none is about: the command line, files that are never half-written, exact resuming.
 
 
+# torchrun starts this script WORLD times and tells each process its RANK; alone it is the first of one.
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+FIRST = RANK == 0  # the one process that writes, and talks
+
+
 def fail(message):
     """One line for the person at the keyboard, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    if FIRST:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def quiet():
+    """What tqdm's `disable` wants: no bar but from the first process, and only on a terminal."""
+    return None if FIRST else True
 
 
 def first_line(error):
@@ -458,6 +495,8 @@ def training_flags(p):
     p.add_argument("--lr", type=float, help="peak learning rate; Muon's, with --optimizer muon")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
     p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
+    p.add_argument("--recompute", action="store_true",
+                   help="activation checkpointing: a fraction of the memory for about a third more time")
     p.add_argument("--save-every", type=float, default=60, help="seconds between saves of the run (default: 60)")
 
 
@@ -491,22 +530,68 @@ def check_size(size, ratio):
                  f"{max(1, round(n / rs)) * rs}")
 
 
-def set_up(args, cpu_bf16=False):
-    """-> the device, and a function that returns the autocast context of --dtype. On a CPU bfloat16 pays for the
-    convolutions of the VAE (where the processor has it), not for the small matrices of a tiny DiT."""
+def set_up(args):
+    """-> the device, and a function that returns the autocast context of --dtype."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used here: {first_line(error)}")
-    fast = device.type == "cuda" or cpu_bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")
+    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     use_bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
+
+
+def share(batch):
+    """Which clips of a batch of so many are this process's."""
+    return range(RANK, batch, WORLD)
+
+
+def average(tensors, batch):
+    """In place, the mean over all clips of a batch of what each process has computed as the mean over its share."""
+    if WORLD > 1:
+        for work in [dist.all_reduce(x.mul_(len(share(batch)) / batch), async_op=True) for x in tensors]:
+            work.wait()
+
+
+def gathered(x):
+    """The x of all processes, one after the other."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class Draws:
+    """The random numbers of one step, a row for each clip of this process's share of the batch. Each clip has a
+    generator of its own, so its numbers are the same whichever of however many processes draws them."""
+
+    def __init__(self, key, batch):
+        self.generators = [torch.Generator().manual_seed(zlib.crc32(f"{key} {i}".encode())) for i in share(batch)]
+
+    def randn(self, *shape):
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+
+    def rand(self):
+        return torch.stack([torch.rand((), generator=g) for g in self.generators])
+
+    def randint(self, n):
+        return torch.stack([torch.randint(n, (), generator=g) for g in self.generators])
 
 
 class Optimizer:
@@ -517,7 +602,7 @@ class Optimizer:
     def __init__(self, model, args, steps):
         matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
         matrices = matrices if args.optimizer == "muon" else set()
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained, self.batch = [p for p in model.parameters() if p.requires_grad], args.batch_size
         muon, rest = ([p for p in trained if (id(p) in matrices) == yes] for yes in (True, False))
         self.parameters, self.parts = trained, []
         if muon:
@@ -528,10 +613,14 @@ class Optimizer:
             part, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))))
             for part in self.parts]
 
-    def step(self, loss):
-        for p in self.parameters:
+    def step(self, loss, also=()):
+        """One update from the mean loss of this process's share of the batch. also: parameters of another optimiser,
+        whose gradients are wanted too; nobody else's are computed."""
+        parameters = [*self.parameters, *also]
+        for p in parameters:
             p.grad = None
-        loss.backward()
+        loss.backward(inputs=parameters)
+        average([p.grad for p in parameters if p.grad is not None], self.batch)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts + self.schedules:
             part.step()
@@ -566,10 +655,15 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall else x
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 gram, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-                q = eye
-                for _ in range(5):  # on the small Gram matrices: the long x is touched twice only
-                    step = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
-                    q, gram = step @ q, step @ gram @ step
+
+                def quintic(gram, start=3.4445 * eye):
+                    return start + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+
+                q = step = quintic(gram)
+                for _ in range(4):  # on the small Gram matrices: the long x is touched twice only
+                    gram = step @ gram @ step
+                    step = quintic(gram)
+                    q = step @ q
                 x = q @ x
                 rate = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
                 for (p, _), update in zip(pairs, x.mT if tall else x):
@@ -578,6 +672,8 @@ class Muon(torch.optim.Optimizer):
 
 def write_aside(path, write):
     """Whatever happens, `path` is either the old file or the whole new one: write aside, flush, rename."""
+    if not FIRST:
+        return
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -631,7 +727,7 @@ def fingerprint(tensors):
     """A number that tells these tensors from others, so that a stage notices when what it was made from has changed."""
     crc = 0
     for x in tensors:
-        crc = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), crc)
+        crc = zlib.crc32(x.detach().cpu().contiguous().numpy(), crc)
     return crc
 
 
@@ -643,14 +739,18 @@ def check_settings(path, old, new):
 
 
 class Loop:
-    """The steps that a training run still has to do. Each comes with its own generator, seeded by (stage, seed, step),
-    so a resumed run repeats an unbroken one bit by bit. Saves every --save-every seconds and when told to stop (Ctrl-C,
-    SIGTERM); `state` is everything with a state_dict that the run changes."""
+    """The steps that a training run still has to do, each with its batch: draw(Draws) -> tensors, on `device`. What is
+    drawn follows from (stage, seed, step) alone, so a resumed run repeats an unbroken one bit by bit. Saves every
+    --save-every seconds and when told to stop (Ctrl-C, SIGTERM); `state` is everything with a state_dict that the run
+    changes."""
 
-    def __init__(self, stage, args, settings, steps, **state):
+    def __init__(self, stage, args, settings, steps, device, draw, **state):
         self.stage, self.args, self.settings, self.steps, self.state = stage, args, settings, steps, state
+        self.device, self.draw = device, draw
         self.path = args.out.with_suffix(f".{stage}.resume")
-        self.step, self.seconds, self.history, self.stop = 0, 0.0, {}, None
+        self.step, self.seconds, self.history, self.told, self.stop = 0, 0.0, {}, 0, 0
+        if WORLD > args.batch_size:
+            fail(f"--batch-size {args.batch_size} is too small for {WORLD} processes: a clip each is the least")
         if self.path.exists():
             saved = load(self.path, "resume")
             check_settings(self.path, saved["settings"], settings)
@@ -664,23 +764,35 @@ class Loop:
              history=self.history, **{name: part.state_dict() for name, part in self.state.items()})
 
     def __iter__(self):
-        old = {s: signal.signal(s, lambda s, _: setattr(self, "stop", s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        old = {s: signal.signal(s, lambda s, _: setattr(self, "told", s)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield from self.remaining()
         finally:
             for s, handler in old.items():
                 signal.signal(s, handler)
 
+    def batches(self):
+        """A GPU's batches are drawn by threads, four steps ahead, so that it need not wait for disks and decoders."""
+        def make(step):
+            return self.draw(Draws(f"{self.stage} {self.args.seed} {step}", self.args.batch_size))
+        steps = range(self.step, self.steps)
+        if self.device.type != "cuda":
+            yield from map(make, steps)
+            return
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            ahead = collections.deque(threads.submit(make, step) for step in steps[:4])
+            for step in steps:
+                ahead.append(threads.submit(make, step + 4) if step + 4 < self.steps else None)
+                yield [x.pin_memory() for x in ahead.popleft().result()]
+
     def remaining(self):
-        saved = printed = time.monotonic()
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=None, dynamic_ncols=True)
-        while self.step < self.steps:
-            start = time.monotonic()
-            seed = (self.args.seed * 1_000_003 + self.step) * 31 + zlib.crc32(self.stage.encode())
-            yield self.step, torch.Generator().manual_seed(seed)
+        saved = printed = start = time.monotonic()
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, disable=quiet(), dynamic_ncols=True)
+        for batch in self.batches():
+            yield self.step, [x.to(self.device, non_blocking=True) for x in batch]
             self.step += 1
             now = time.monotonic()
-            self.seconds += now - start
+            self.seconds, start = self.seconds + now - start, now
             last = ", ".join(f"{k} {v[-1]:.4g}" for k, v in self.history.items())
             bar.set_postfix_str(last, refresh=False)
             bar.update()
@@ -691,14 +803,22 @@ class Loop:
                 saved = now
                 self.save()
             if self.stop:
-                print(f"\nstopped at step {self.step} of {self.steps}, saved in {self.path}: "
-                      "the same command goes on from here", file=sys.stderr)
+                if FIRST:
+                    print(f"\nstopped at step {self.step} of {self.steps}, saved in {self.path}: "
+                          "the same command goes on from here", file=sys.stderr)
                 sys.exit(128 + self.stop)
         bar.close()
         self.save()  # what follows a loop may be interrupted too
 
     def log(self, **values):
-        for name, value in values.items():
+        """Notes this step's values, averaged over all processes, which also agree here whether to stop."""
+        packed = torch.tensor([*map(float, values.values())], dtype=torch.float64, device=self.device)
+        told = torch.tensor(self.told, device=self.device)
+        average([packed], self.args.batch_size)
+        if WORLD > 1:
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        self.stop = told.item()
+        for name, value in zip(values, packed.tolist()):
             if not math.isfinite(value):
                 fail(f"{name} is {value} at step {self.step}: the last save is "
                      f"{self.path if self.path.exists() else 'not made yet'}; delete it and try a smaller --lr")
@@ -708,7 +828,7 @@ class Loop:
 def finish(args, stage, metrics, then, *loops):
     """After the results are saved: the metrics file, a sentence, and the resume files go."""
     record(args.run, stage, metrics)
-    for loop in loops:
+    for loop in loops if FIRST else ():
         loop.path.unlink(missing_ok=True)
     told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
     print(f"{args.out}: {told}; next: {then}")

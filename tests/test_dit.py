@@ -66,7 +66,7 @@ def test_the_flow_goes_from_noise_to_data_along_a_straight_line():
     tokens = torch.zeros(1, 5)
     for steps in 1, 7:
         torch.testing.assert_close(dit.sample_euler(Perfect(), noise, tokens, tokens, steps, 3.0), x0)
-    assert dit.flow_loss(Perfect(), x0, noise, torch.tensor([0.3]), tokens) < 1e-12
+    assert dit.flow_loss(Perfect(), x0, tokens, noise, torch.tensor([0.3])) < 1e-12
 
 
 def test_a_new_model_is_the_zero_function_and_its_blocks_the_identity():
