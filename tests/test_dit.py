@@ -1,5 +1,8 @@
+import importlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dit
 
@@ -92,3 +95,45 @@ def test_the_paper_sizes_have_the_stated_number_of_parameters():
 
     assert params("server") == pytest.approx(2.0e9, rel=0.05)  # stated: 2.0 B
     assert params("mobile") == pytest.approx(0.915e9, rel=0.07)  # stated: 0.915 B; ours prunes cross-attention too
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(micro_dit):
+    batch = torch.randn(2, 4, 2, 3, 3), torch.randint(2, 10, (2, 5)), torch.randn(2, 4, 2, 3, 3), torch.rand(2)
+    gradients = []
+    for recompute in False, True:
+        micro_dit.recompute = recompute
+        gradients.append(torch.autograd.grad(dit.flow_loss(micro_dit, *batch), list(micro_dit.parameters())))
+    for kept, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, kept)
+    whole, saving = (dit.cost(micro_dit.config, (4, 2, 3, 3), recompute) for recompute in (False, True))
+    assert saving["activation_bytes"] < whole["activation_bytes"] / 3
+    assert saving["step_flops"] > whole["step_flops"]
+
+
+def test_written_out_attention_is_attention():
+    q, k, v = torch.randn(3, 2, 4, 7, 16).bfloat16()
+    k, v = k[:, :, :5], v[:, :, :5]
+    reference = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(dit.attend(q, k, v).float(), reference, rtol=0.03, atol=0.03)
+
+
+def test_the_cost_of_a_size_is_what_arithmetic_says():
+    config, shape = dit.planned("mobile", (49, 384, 512))
+    assert shape == (128, 7, 12, 16)
+    c, n, m, width, inner, ffn = dit.cost(config, shape), 1344, 128, 2048, 20 * 64, 6144
+    matrices = 4 * width * inner * n + 2 * width * inner * n + 2 * width * inner * m + 2 * width * ffn * n
+    attention = 2 * n * n * inner + 2 * n * m * inner
+    forward = 2 * 20 * (matrices + attention)
+    assert c["tokens"] == n and abs(c["forward_flops"] / forward - 1) < 0.02  # the rest: text, time, in and out
+    assert 3 * forward < c["step_flops"] < 3.2 * forward
+
+
+@pytest.mark.parametrize("command, expected", [
+    ("dit --preset server", ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1.91 G"]),
+    ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "38.2 GB"]),
+    ("prune --preset mobile", ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned: 50.0%"])])
+def test_a_dry_run_prices_the_papers_sizes_without_making_them(command, expected, capsys):
+    name, *flags = command.split()
+    importlib.import_module(name).main([*flags, *([] if "--dry-run" in flags else ["--dry-run"])])
+    out = capsys.readouterr().out
+    assert all(word in out for word in expected), out
