@@ -160,9 +160,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width, ffn):
         super().__init__()
+        self.tiles = 1  # slices of the hidden channels, each computed and added up before the next (a phone's memory)
         self.up, self.down = nn.Linear(width, ffn, bias=False), nn.Linear(ffn, width, bias=False)
 
     def forward(self, x, channel_mask=None):
+        if self.tiles > 1:  # the tiled GEMM of the paper's second version: the hidden activation never exists whole
+            slices = zip(self.up.weight.chunk(self.tiles), self.down.weight.chunk(self.tiles, dim=1))
+            return sum(F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down) for up, down in slices)
         x = F.gelu(self.up(x), approximate="tanh")
         return self.down(x if channel_mask is None else x * channel_mask)
 
@@ -241,10 +245,14 @@ class DiT(nn.Module):
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, modulation, text, rope, masks and {level: mask[i] for level, mask in masks.items()})
             features.append(x)
+        velocity = self.finish(x, time, x_t.shape[2:])
+        return (velocity, features) if return_features else velocity
+
+    def finish(self, x, time, size):
+        """Tokens [b, n, width] after the last block, the embedded time, size (t, h, w) -> velocity [b, c, t, h, w]."""
         shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
         x = self.out(self.norm(x) * (1 + scale) + shift)
-        velocity = rearrange(x, "b (t h w) c -> b c t h w", **dict(zip("thw", x_t.shape[2:])))
-        return (velocity, features) if return_features else velocity
+        return rearrange(x, "b (t h w) c -> b c t h w", **dict(zip("thw", size)))
 
 
 # --------------------------------------------------------------------------------------------------- rectified flow

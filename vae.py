@@ -477,12 +477,14 @@ def positive(text):
     return int(text)
 
 
-def parser(doc, presets):
+def parser(doc, presets, computes=True):
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=list(presets), default="tiny",
                    help="tiny: a laptop's CPU; toy: one GPU; mobile, server: the paper's sizes (default: tiny)")
     p.add_argument("--run", type=Path, help="folder that files are read from and written to (default: runs/PRESET)")
     p.add_argument("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    if not computes:
+        return p
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                    help="precision of the arithmetic; weights stay float32 (default: bfloat16 where it is faster)")

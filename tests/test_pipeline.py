@@ -166,46 +166,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_packages_compute_what_pytorch_computes_in_five_dimensions(scored_run):
-    export = json.loads((scored_run / "metrics.json").read_text())["export"]
-    assert set(export) == {"text_encoder", "generator", "decoder"}
-    for package in export.values():
-        assert package["max_rank"] <= 5 and package["parity_max_abs"] < 0.05 and package["precision"] == 16
-
-
-def test_an_app_can_sample_from_the_manifest_alone(scored_run):
-    folder = scored_run / "coreml"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    prompt = "a red circle moving left"
-    numbers = [manifest["vocabulary"].index(w) for w in prompt.split() if w in manifest["vocabulary"]]
-    numbers += [0] * (manifest["words"] - len(numbers))
-    g = torch.Generator().manual_seed(0)
-    noises = torch.randn(len(manifest["timesteps"]), *manifest["latent_shape"], generator=g)
-
-    def call(name, **inputs):
-        program = export_coreml.read_program(folder / manifest["packages"][name]["file"])
-        assert {k: list(v.shape) for k, v in inputs.items()} == manifest["packages"][name]["inputs"]
-        return export_coreml.evaluate(program, inputs)[0]
-
-    text, x0 = call("text_encoder", words=torch.tensor([numbers], dtype=torch.int32)), 0
-    for t, noise in zip(manifest["timesteps"], noises):
-        x0 = call("generator", x_t=(1 - t) * x0 + t * noise[None], t=torch.tensor([t]), text=text)
-    video = call("decoder", x0=x0)
-
-    model = sample.Model(scored_run / "student.pt", torch.device("cpu"), torch.no_grad, None, 1)
-    reference = model.sample(model.tokens([prompt]), noises[:, None])
-    reference = sample.decode(sample.load_vae(scored_run / "vae.pt", "cpu"), model.checkpoint, reference,
-                              torch.no_grad) / 2 + 0.5
-    assert -10 * (video - reference).square().mean().log10() > 40
-
-
-def test_the_evaluator_refuses_what_it_does_not_know(scored_run, monkeypatch):
-    program = export_coreml.read_program(scored_run / "coreml/text_encoder.mlpackage")
-    monkeypatch.delitem(export_coreml.OPERATIONS, "linear")
-    with pytest.raises(NotImplementedError, match="linear"):
-        export_coreml.evaluate(program, {"words": torch.zeros(1, 5, dtype=torch.int32)})
-
-
 def test_embeddings_of_your_own_replace_the_text_encoder(micro_run, tmp_path, capsys):
     for name in "one", "two":
         frames = np.random.default_rng(len(name)).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8)
