@@ -26,14 +26,15 @@ import re
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, load, parse, parser, positive, save,
-                 set_up, stop_if_done, training_flags)
+from vae import (Loop, Optimizer, RMSNorm, command, count, fail, fingerprint, finish, load, load_vae, parse, parser,
+                 positive, progress, save, set_up, stop_if_done, training_flags, write_aside)
 
 PRESETS = {
     "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=900, batch_size=32, lr=0.04,
@@ -249,12 +250,16 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
 
 
 @torch.no_grad()
-def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg):
-    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0."""
+def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg, path=None):
+    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0. path: a list that gets, of
+    each step, t, x_t, and the clean latents x0 to which the velocity points from there."""
     text, empty = dit.text_encoder(tokens), dit.text_encoder(empty_tokens)
     x, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times, times[1:]):
-        x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+        velocity = guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+        if path is not None:
+            path.append((t.item(), x, x - t * velocity))
+        x = x + (t_next - t) * velocity
     return x
 
 
@@ -313,6 +318,45 @@ def context(checkpoint):
     return {k: v for k, v in checkpoint.items() if k not in own}
 
 
+@torch.no_grad()
+def decode(vae, context, x0, precision, batch=32):
+    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. context: a checkpoint, or Latents.context."""
+    mean, std = (context[k].view(-1, 1, 1, 1).to(x0.device) for k in ("latent_mean", "latent_std"))
+    with precision():
+        return torch.cat([vae.decode(z * std + mean).float().clamp(-1, 1).cpu()
+                          for z in progress(x0.split(batch), "decoding")])
+
+
+class Samples:
+    """--sample-every N: after every N steps four clips side by side, RUN/samples/STAGE-STEP.gif, by the model as it
+    then is. Captions and noise are always the same, and not from the training's random numbers, which stay as they
+    would be."""
+
+    def __init__(self, stage, args, data, device, steps=1):
+        self.stage, self.args, self.context = stage, args, data.context()
+        if args.sample_every:
+            captions, g = self.context["captions"], torch.Generator().manual_seed(args.seed)
+            self.vae = load_vae(args.vae, device)
+            self.noises = torch.randn(steps, 4, *data.x0.shape[1:], generator=g).to(device)
+            self.tokens = text_input(self.context, [captions[i * len(captions) // 4] for i in range(4)]).to(device)
+
+    def show(self, step, sample):
+        """sample: (noises [steps, 4, c, t, h, w], tokens) -> normalised latents [4, c, t, h, w]."""
+        if self.args.sample_every and step % self.args.sample_every == 0:
+            clips = decode(self.vae, self.context, sample(self.noises, self.tokens), torch.no_grad)
+            frames = rearrange((clips + 1) * 127.5, "b c t h w -> t h (b w) c").round().byte().numpy()
+            k = max(1, 96 // clips.shape[-1])  # tiny clips are enlarged
+            gif = iio.imwrite("<bytes>", frames.repeat(k, 1).repeat(k, 2), extension=".gif", plugin="pillow",
+                              duration=125, loop=0)
+            write_aside(self.args.run / "samples" / f"{self.stage}-{step:06}.gif", lambda f: f.write(gif))
+
+
+def sample_flags(p):
+    p.add_argument("--sample-every", type=positive, help="steps between pictures of what the model makes by then, "
+                   "RUN/samples/STAGE-STEP.gif (default: none)")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
+
+
 def main(argv=None):
     p = parser(__doc__, PRESETS)
     p.add_argument("--width", type=positive, help="channels of a token")
@@ -324,13 +368,15 @@ def main(argv=None):
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the trained DiT")
     training_flags(p)
-    args = parse(p, PRESETS, argv, latents="latents.pt", out="dit.pt")
+    sample_flags(p)
+    args = parse(p, PRESETS, argv, latents="latents.pt", vae="vae.pt", out="dit.pt")
     settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
                                               "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
     data = Latents(args.latents, device)
     settings["latents"] = data.fingerprint
-    stop_if_done([args.out], settings, "python prune.py")
+    then = command("prune.py", args.run, args.preset)
+    stop_if_done([args.out], settings, then)
     if args.head_dim % 2:
         fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
 
@@ -340,9 +386,10 @@ def main(argv=None):
     ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(0.99 if args.preset == "tiny" else 0.9995))
     optimizer = Optimizer(dit, args, args.steps)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
+    samples = Samples("dit", args, data, device)
 
     loop = Loop("dit", args, settings, args.steps, model=dit, ema=ema, optimizer=optimizer)
-    for _, g in loop:
+    for step, g in loop:
         x0, tokens, noise = data.draw(args.batch_size, g)
         t = logit_normal(args.batch_size, g).to(device)
         empty = (torch.rand(args.batch_size, generator=g) < args.cfg_dropout).to(device)
@@ -352,12 +399,14 @@ def main(argv=None):
         optimizer.step(loss)
         ema.update_parameters(dit)
         loop.log(loss=loss.item())
+        samples.show(step + 1, lambda noises, tokens: sample_euler(
+            ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
     metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]),
                    seconds=loop.seconds)
     save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics, settings=settings,
          history=loop.history, **data.context())
-    finish(args, "dit", metrics, "python prune.py", loop)
+    finish(args, "dit", metrics, then, loop)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import nn
 from distill import predict_x0, sample_student
 from dit import PAD, load_dit, text_input
 from sample import PRESETS, load_vae
-from vae import RMSNorm, fail, parse, parser, record, set_up, write_aside
+from vae import RMSNorm, fail, parse, parser, progress, record, set_up, write_aside
 
 MAX_RANK = 5  # of a Core ML tensor
 
@@ -237,7 +237,7 @@ def main(argv=None):
         inputs = {"text_encoder": {"words": tokens}, "decoder": {"x0": torch.zeros_like(noises[0])},
                   "generator": {"x_t": noises[0], "t": torch.ones(1), "text": text}}
         metrics, programs, differences = {}, {}, {name: [] for name in names}
-        for name, (module, output) in names.items():
+        for name, (module, output) in progress(names.items(), "converting"):
             convert(module, inputs[name], output, packages[name])
             programs[name] = read_program(packages[name])
             operations = [op for op in programs[name].operations if op.op_type != "const"]
