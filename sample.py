@@ -29,7 +29,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from distill import load_discriminator, sample_student
-from dit import Latents, add_noise, decode, load_dit, logit_normal, sample_euler, text_input, words
+from dit import Latents, add_noise, decode, gif, load_dit, logit_normal, sample_euler, text_input, words
 from prune import BOLD, END, FULL, HOLLOW, label, mask_map, rect, svg
 from vae import (COLORS, DIRECTIONS, SHAPES, command, count, fail, load, load_vae, maker, open_data, parse, parser,
                  positive, progress, record, set_up, shape_coverage, write_aside)
@@ -244,13 +244,12 @@ def write_video(path, rows, fps):
     """rows: a list of rows of cells [t, H, W, 3]. mp4 and gif move; a png holds all frames of each cell in a line."""
     if path.suffix == ".png":
         data = np.concatenate([np.concatenate([np.concatenate(list(c), axis=1) for c in row], axis=1) for row in rows])
-        options = {}
+        encoded = iio.imwrite("<bytes>", data, extension=".png")
     else:
         data = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
-        options = dict(plugin="pillow", duration=1000 / fps, loop=0) if path.suffix == ".gif" else dict(
-            plugin="pyav", codec="libx264", fps=fps)
         data = data[:, :data.shape[1] // 2 * 2, :data.shape[2] // 2 * 2]  # H.264 wants even sizes; a gif may have them
-    encoded = iio.imwrite("<bytes>", data, extension=path.suffix, **options)
+        encoded = gif(data, fps) if path.suffix == ".gif" else iio.imwrite(
+            "<bytes>", data, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
     write_aside(path, lambda f: f.write(encoded))
 
 
@@ -353,7 +352,7 @@ def side_by_side(args, data, models, captions, show):
     for model in models:
         x0 = model.make(captions, args.seed)[0]
         columns[STAGES[model.stage]] = show(x0), x0
-    rows = [[cell(clips[i], f"{name}: {caption}") for name, (clips, _) in columns.items()]
+    rows = [[cell(clips[i], f"{name}: {caption}", 160) for name, (clips, _) in columns.items()]
             for i, caption in enumerate(captions)]
     write_video(args.run / "compare.gif", rows, args.fps)
     middle = rows[0][0].shape[0] // 2

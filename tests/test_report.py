@@ -1,4 +1,5 @@
 """The report and its pictures, as a browser shows them; samples during training; what long work says of itself."""
+import io
 import json
 import re
 import shutil
@@ -184,3 +185,14 @@ def test_the_next_command_leads_to_the_same_run(run, preset, flags, tmp_path, mo
     with pytest.raises(SystemExit):
         vae.load(Path(run) / "masks.pt", "masks")
     assert f"`python prune.py{flags}` makes it" in capsys.readouterr().err
+
+
+def test_a_gif_keeps_a_colour_that_few_pixels_have():
+    g = np.random.default_rng(0)
+    frames = g.integers(30, 110, (3, 120, 160, 1)) + g.integers(0, 9, (3, 120, 160, 3))  # greys, not quite
+    for i, color in enumerate([(230, 26, 26), (26, 230, 26), (26, 26, 230), (230, 230, 26), (230, 26, 230)]):
+        frames[:, 20 * i:20 * i + 18, 10:50] = color + g.integers(-20, 20, (3, 18, 40, 3))
+    frames[:, 60:66, 90:96] = 26, 230, 230
+    moving = Image.open(io.BytesIO(dit.gif(frames.clip(0, 255).astype(np.uint8), 8)))
+    seen = [np.asarray(f.convert("RGB"))[63, 93].astype(int) for f in ImageSequence.Iterator(moving)]
+    assert len(seen) == 3 and all(np.abs(color - (26, 230, 230)).max() < 25 for color in seen)
