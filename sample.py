@@ -443,9 +443,9 @@ def report(args, device, precision):
         ("What was cut", "A row a block of the teacher, a square an attention head, a bar the FFN's channels. Filled "
          "stays, hollow is cut; a block that is cut keeps nothing.", masks),
         ("What the discriminator says", "Scores of real clips that no stage trained on, and of clips made from the "
-         f"same captions, with the same noise; right of the line (0) it says: real. Of all pairs it puts the real clip "
-         f"above the generated one in {told or '?'}; a coin would in 50%.",
-         histogram(said) if said else missing(args, "discriminator.pt")),
+         "same captions, with the same noise; right of the line (0) it says: real.", f"<p>Of all pairs it puts the "
+         f"real clip above the generated one in {told}; a coin would in 50%.</p>{histogram(said)}" if said else
+         missing(args, "discriminator.pt")),
         ("Training", f"Seconds: {seconds}. A curve that falls far has a logarithmic axis.", grid(3, "16rem", curves)),
         ("All figures", "", f"<pre>{escape(json.dumps(metrics, indent=1))}</pre>")]
     size = "×".join(map(str, data.file["config"]["size"]))
