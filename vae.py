@@ -637,8 +637,9 @@ def progress(items, what):
     """A bar with speed and time left on a terminal; elsewhere a line at the end, if it took more than two seconds."""
     start = time.monotonic()
     bar = tqdm(items, desc=what, disable=None, dynamic_ncols=True, leave=False, delay=1)
+    on_terminal = not bar.disable
     yield from bar
-    if bar.disable and time.monotonic() - start > 2:
+    if not on_terminal and time.monotonic() - start > 2:
         print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -165,16 +166,23 @@ def test_samples_during_training_move_and_change_no_bit_of_it(micro_run, tmp_pat
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
-def test_work_of_more_than_two_seconds_says_so_in_one_line_without_a_terminal(monkeypatch, capsys):
+def test_work_of_more_than_two_seconds_shows_a_bar_on_a_terminal_and_elsewhere_one_line(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(vae.time, "monotonic", lambda: now[0])
 
-    def work(seconds):
+    def work(seconds, terminal):
+        out = io.StringIO()
+        out.isatty = lambda: terminal
+        monkeypatch.setattr(vae.sys, "stderr", out)
         for _ in vae.progress(range(3), "thinking"):
             now[0] += seconds
-        return capsys.readouterr().err
+            if terminal:
+                time.sleep(seconds)  # the bar's own clock is the real one
+        return out.getvalue()
 
-    assert work(0.1) == "" and work(5) == "thinking: 15 s\n"
+    assert work(0.1, False) == "" and work(5, False) == "thinking: 15 s\n"
+    bar = work(0.8, True)
+    assert "thinking:" in bar and "/3 [" in bar and "\n" not in bar
 
 
 @pytest.mark.parametrize("run, preset, flags", [("runs/tiny", "tiny", ""), ("runs/toy", "toy", " --preset toy"),
