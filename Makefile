@@ -1,6 +1,7 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
 # make test                                the tests
+# make pictures                            the README's pictures into docs/, by what `make demo` trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
@@ -18,6 +19,9 @@ demo: .venv/ready
 	$(PY) sample.py --run "$(RUN)" --score
 	$(PY) export_coreml.py --run "$(RUN)"
 	$(PY) sample.py --run "$(RUN)" --report
+	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures; coreml/, for the phone.\n'
+	@printf 'Open $(RUN)/report.html: clips, scores, masks, losses. Then ask for something of your own:\n'
+	@printf '    $(PY) sample.py --run "$(RUN)" --prompt "..." --out mine.gif\n'
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -28,7 +32,7 @@ test: .venv/ready
 	touch $@
 
 pictures: demo
-	mkdir -p docs && cp "$(RUN)/compare.gif" docs/
+	mkdir -p docs && cd "$(RUN)" && cp compare.gif path.png masks.svg pipeline.svg "$(CURDIR)/docs/"
 
 clean:
 	rm -rf .venv runs/tiny

@@ -14,8 +14,8 @@ Our reading: the four levels; the hinge loss; real and generated latents get the
 before they are judged; x0 is noised again between sampling steps; a distillation term pulls x0 towards the end of
 the teacher's CFG trajectory from the same x_t; optionally a smoothness term on the discriminator (approximate R1).
 
-    python distill.py                                # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt
-    python distill.py --adversarial 0                # the distillation term alone
+    python distill.py                   # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt, discriminator.pt
+    python distill.py --adversarial 0   # the distillation term alone
 """
 import copy
 from pathlib import Path
@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import Block, Latents, add_noise, context, guided_velocity, load_dit, logit_normal
-from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, parse, parser, positive, save, set_up,
-                 stop_if_done, training_flags)
+from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal,
+                 sample_flags)
+from vae import (Loop, Optimizer, RMSNorm, command, count, fail, fingerprint, finish, load, parse, parser, positive,
+                 save, set_up, stop_if_done, training_flags)
 
 PRESETS = {
     "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=75, batch_size=32, lr=0.02,
@@ -56,14 +57,17 @@ def student_times(steps, shift=3.0):
 
 
 @torch.no_grad()
-def sample_student(dit, noises, tokens):
+def sample_student(dit, noises, tokens, path=None):
     """One jump to x0 a step, and noise again in between, to the next level. No guidance: one evaluation a step.
 
-    noises: [steps, b, c, t, h, w], a fresh one for each step. -> x0 [b, c, t, h, w]"""
+    noises: [steps, b, c, t, h, w], a fresh one for each step. -> x0 [b, c, t, h, w]. path: as in sample_euler."""
     text, x0 = dit.text_encoder(tokens), torch.zeros_like(noises[0])
     for t, noise in zip(student_times(len(noises)), noises):
         t = t.to(noise.device).expand(len(noise))
-        x0 = predict_x0(dit, add_noise(x0, noise, t), t, text)
+        x_t = add_noise(x0, noise, t)
+        x0 = predict_x0(dit, x_t, t, text)
+        if path is not None:
+            path.append((t[0].item(), x_t, x0))
     return x0
 
 
@@ -119,9 +123,19 @@ def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1=0.0, dist
     return loss, ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
 
 
+def load_discriminator(path, device):
+    """-> the trained discriminator, and the settings of its training."""
+    checkpoint = load(path, "discriminator")
+    config = checkpoint["config"]
+    discriminator = Discriminator(DiT(**config["dit"]), config["frozen_blocks"], config["learned_blocks"])
+    discriminator.load_state_dict(checkpoint["model"])
+    return discriminator.to(device).eval().requires_grad_(False), checkpoint["settings"]
+
+
 def main(argv=None):
     p = parser(__doc__, PRESETS)
-    p.add_argument("--sampling-steps", type=positive, default=4, help="steps of the student (default: 4)")
+    p.add_argument("--sampling-steps", type=positive, default=4,
+                   help="steps that the student learns to sample in (default: 4)")
     p.add_argument("--frozen-blocks", type=positive, help="K, blocks of the generator that the discriminator inherits")
     p.add_argument("--learned-blocks", type=positive, help="blocks that the discriminator learns on top")
     p.add_argument("--adversarial", type=float, default=0.03, help="weight of the adversarial term (default: 0.03)")
@@ -131,13 +145,15 @@ def main(argv=None):
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
     p.add_argument("--level", type=float, default=-2.5,
                    help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
+    p.add_argument("--discriminator", type=Path, help="the trained discriminator, written if --adversarial is not 0")
     p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
     p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the few-step student")
     training_flags(p)
-    args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", out="student.pt")
-    then = 'python sample.py --prompt "a red circle moving left"'
+    sample_flags(p)
+    args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", vae="vae.pt",
+                 discriminator="discriminator.pt", out="student.pt")
     settings = {k: getattr(args, k) for k in (
         "sampling_steps", "frozen_blocks", "learned_blocks", "adversarial", "distillation", "r1", "cfg",
         "teacher_steps", "level", "steps", "batch_size", "lr", "optimizer", "seed")}
@@ -149,7 +165,8 @@ def main(argv=None):
     data = Latents(args.latents)
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
                  "pruned": fingerprint(start.parameters())}
-    stop_if_done([args.out], settings, then)
+    then = command("sample.py", args.run, args.preset, "--prompt", data.captions[0])
+    stop_if_done([args.out] + [args.discriminator] * bool(args.adversarial), settings, then)
 
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
@@ -168,9 +185,10 @@ def main(argv=None):
         return (real, tokens, noise, times[g.randint(len(times))], logit_normal(g, args.level), g.randn(*shape),
                 g.randn(*shape))
 
+    samples = Samples("student", args, data, device, args.sampling_steps)
     loop = Loop("distill", args, settings, args.steps, device, draw, student=student, discriminator=discriminator,
                 ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
-    for _, (real, tokens, noise, t, s, s_noise, disturbance) in loop:
+    for step, (real, tokens, noise, t, s, s_noise, disturbance) in loop:
         x_t = add_noise(real, noise, t)
         loss, values = 0.0, {}
         with precision():
@@ -192,10 +210,15 @@ def main(argv=None):
         optimizer.step(loss)
         ema.update_parameters(student)
         loop.log(**{name: value.item() for name, value in values.items()})
+        samples.show(step + 1, lambda noises, tokens: sample_student(ema.module, noises, tokens))
 
     last = {k: sum(v[-20:]) / len(v[-20:]) for k, v in loop.history.items()}
     metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
                    **last, seconds=loop.seconds)
+    if args.adversarial:  # no later stage needs it; sample.py --report shows what it says
+        save(args.discriminator, stage="discriminator", config=dict(
+            dit=start.config, frozen_blocks=args.frozen_blocks, learned_blocks=args.learned_blocks),
+            model=discriminator.state_dict(), metrics=metrics, settings=settings)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
          settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
     finish(args, "distill", metrics, then, loop)

@@ -22,6 +22,7 @@ with and without the caption, are the 80 network evaluations that distill.py bri
 Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config), as the
 discriminator's features (the first K blocks).
 """
+import io
 import math
 import re
 import sys
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,8 +41,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae import PRESETS as VAE_PRESETS
-from vae import (Loop, Optimizer, RMSNorm, check_size, count, dims, fail, finish, load, parse, parser, positive, save,
-                 set_up, stop_if_done, training_flags)
+from vae import (Loop, Optimizer, RMSNorm, check_size, command, count, dims, fail, finish, load, load_vae, parse,
+                 parser, positive, progress, save, set_up, stop_if_done, training_flags, write_aside)
 
 PRESETS = {
     "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=900, batch_size=32, lr=0.04,
@@ -279,12 +281,16 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
 
 
 @torch.no_grad()
-def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg):
-    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0."""
+def sample_euler(dit, noise, tokens, empty_tokens, steps, cfg, path=None):
+    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0. path: a list that gets, of
+    each step, t, x_t, and the clean latents x0 to which the velocity points from there."""
     text, empty = dit.text_encoder(tokens), dit.text_encoder(empty_tokens)
     x, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times, times[1:]):
-        x = x + (t_next - t) * guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+        velocity = guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+        if path is not None:
+            path.append((t.item(), x, x - t * velocity))
+        x = x + (t_next - t) * velocity
     return x
 
 
@@ -347,6 +353,55 @@ def context(checkpoint):
     """What Latents.context put into a checkpoint, to hand on to the next stage's."""
     own = ("stage", "config", "model", "metrics", "settings", "history", "timesteps")
     return {k: v for k, v in checkpoint.items() if k not in own}
+
+
+@torch.no_grad()
+def decode(vae, context, x0, precision, batch=32):
+    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. context: a checkpoint, or Latents.context."""
+    mean, std = (context[k].view(-1, 1, 1, 1).to(x0.device) for k in ("latent_mean", "latent_std"))
+    with precision():
+        return torch.cat([vae.decode(z * std + mean).float().clamp(-1, 1).cpu()
+                          for z in progress(x0.split(batch), "decoding")])
+
+
+def gif(frames, fps):
+    """[t, h, w, 3] uint8 -> the bytes of an animated gif. One palette for all frames, spread over the colours that
+    occur: the usual choice, by how many pixels have a colour, turns a small cyan triangle green."""
+    thinned = frames[:, ::3, ::3]
+    palette = Image.fromarray(thinned.reshape(-1, *thinned.shape[2:])).quantize(256, Image.Quantize.MAXCOVERAGE, 3)
+    frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+    return file.getvalue()
+
+
+class Samples:
+    """--sample-every N: after every N steps four clips side by side, RUN/samples/STAGE-STEP.gif, by the model as it
+    then is. Captions and noise are always the same, and not from the training's random numbers, which stay as they
+    would be."""
+
+    def __init__(self, stage, args, data, device, steps=1):
+        self.stage, self.args, self.context = stage, args, data.context()
+        if args.sample_every:
+            captions, g = self.context["captions"], torch.Generator().manual_seed(args.seed)
+            self.vae = load_vae(args.vae, device)
+            self.noises = torch.randn(steps, 4, *data.latents.shape[1:], generator=g).to(device)
+            self.tokens = text_input(self.context, [captions[i * len(captions) // 4] for i in range(4)]).to(device)
+
+    def show(self, step, sample):
+        """sample: (noises [steps, 4, c, t, h, w], tokens) -> normalised latents [4, c, t, h, w]."""
+        if self.args.sample_every and step % self.args.sample_every == 0:
+            clips = decode(self.vae, self.context, sample(self.noises, self.tokens), torch.no_grad)
+            frames = rearrange((clips + 1) * 127.5, "b c t h w -> t h (b w) c").round().byte().numpy()
+            k = max(1, 96 // clips.shape[-1])  # tiny clips are enlarged
+            data = gif(frames.repeat(k, 1).repeat(k, 2), 8)
+            write_aside(self.args.run / "samples" / f"{self.stage}-{step:06}.gif", lambda f: f.write(data))
+
+
+def sample_flags(p):
+    p.add_argument("--sample-every", type=positive, help="steps between pictures of what the model makes by then, "
+                   "RUN/samples/STAGE-STEP.gif (default: none)")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
 
 
 # ---------------------------------------------------------------------------------------------- what a size costs
@@ -435,7 +490,8 @@ def main(argv=None):
     p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
                    help="only say what the preset costs: parameters, FLOPs, memory; for clips of a SIZE in pixels")
     training_flags(p)
-    args = parse(p, PRESETS, argv, latents="latents.pt", out="dit.pt")
+    sample_flags(p)
+    args = parse(p, PRESETS, argv, latents="latents.pt", vae="vae.pt", out="dit.pt")
     if args.dry_run is not None:
         config, latent_shape = planned(args.preset, args.dry_run)
         dry_run(config | {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn")}, latent_shape)
@@ -445,7 +501,8 @@ def main(argv=None):
     device, precision = set_up(args)
     data = Latents(args.latents)
     settings["latents"] = data.fingerprint
-    stop_if_done([args.out], settings, "python prune.py")
+    then = command("prune.py", args.run, args.preset)
+    stop_if_done([args.out], settings, then)
     if args.head_dim % 2:
         fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
 
@@ -456,21 +513,24 @@ def main(argv=None):
     ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(0.99 if args.preset == "tiny" else 0.9995))
     optimizer = Optimizer(dit, args, args.steps)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
+    samples = Samples("dit", args, data, device)
 
     loop = Loop("dit", args, settings, args.steps, device, model=dit, ema=ema, optimizer=optimizer,
                 draw=lambda g: data.draw(g, args.cfg_dropout))
-    for _, (x0, tokens, noise, t) in loop:
+    for step, (x0, tokens, noise, t) in loop:
         with precision():
             loss = loss_fn(dit, x0, tokens, noise, t)
         optimizer.step(loss)
         ema.update_parameters(dit)
         loop.log(loss=loss.item())
+        samples.show(step + 1, lambda noises, tokens: sample_euler(
+            ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
     metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]),
                    seconds=loop.seconds)
     save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics, settings=settings,
          history=loop.history, **data.context())
-    finish(args, "dit", metrics, "python prune.py", loop)
+    finish(args, "dit", metrics, then, loop)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ dense, smaller model that needs no sparse kernels. Stated: 28 blocks -> 20, 32 h
 Our reading: first-order Taylor sensitivity, straight-through gradients, a cubic budget schedule, one count of heads
 and channels for all blocks (so that one config describes the model), and the same weight for the three losses.
 
-    python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, pruned.pt
+    python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, masks.svg, pruned.pt
     python prune.py --levels heads --criterion random --kd none --out runs/tiny/heads.pt --masks runs/tiny/heads-masks
 """
 import copy
+from html import escape
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import DiT, Latents, add_noise, context, dry_run, load_dit, planned
+from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler,
+                 sample_flags)
 from vae import PRESETS as VAE_PRESETS
-from vae import (WORLD, Draws, Loop, Optimizer, average, count, dims, fail, fingerprint, finish, parse, parser,
-                 positive, save, set_up, stop_if_done, training_flags)
+from vae import (WORLD, Draws, Loop, Optimizer, average, command, count, dims, fail, fingerprint, finish, parse, parser,
+                 positive, progress, save, set_up, stop_if_done, training_flags, write_aside)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
     "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
@@ -74,7 +76,7 @@ def sensitivity(dit, criterion, batches, seed=0, batch_size=WORLD):
                 "cross_heads": torch.stack([head_norms(b.cross_attention) for b in dit.blocks]),
                 "ffn": torch.stack([b.feed_forward.down.weight.norm(dim=0) for b in dit.blocks])}
     scores = {name: torch.zeros_like(m) for name, m in masks.items()}
-    for x0, tokens, noise, t in batches:
+    for x0, tokens, noise, t in progress(batches, "sensitivity"):
         for m in masks.values():
             m.requires_grad_(True)
         velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(tokens), masks)
@@ -137,6 +139,40 @@ def cut(dit, masks):
     return dense.to(next(dit.parameters()).device)
 
 
+# ------------------------------------------------------------------------------------------- pictures of the masks
+
+FULL, HOLLOW = 'fill="#4c8bf5"', 'fill="none" stroke="currentColor" stroke-opacity=".4"'
+END, BOLD = 'text-anchor="end"', 'font-weight="600"'
+
+
+def svg(height, *parts):
+    """360 wide, so that on a phone its letters are as large as a page's; in a grey that shows on white and on black."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 {height}" font-family="system-ui,sans-serif" '
+            f'font-size="12" color="#808890" fill="currentColor">{"".join(parts)}</svg>')
+
+
+def label(x, y, words, *style):
+    return f'<text x="{x:.1f}" y="{y:.1f}" {" ".join(style)}>{escape(str(words))}</text>'
+
+
+def rect(x, y, width, height, style):
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" {style}/>'
+
+
+def mask_map(masks):
+    """Which units the masks keep: a row a block, a square a head; filled stays, hollow is cut."""
+    parts = [label(x, 12, name) for x, name in ((54, "self-attention"), (166, "cross-attention"), (278, "FFN"))]
+    for i, on in enumerate(masks["blocks"].tolist()):
+        y, ffn = 20 * i + 22, (masks["ffn"][i] * on).mean().item()
+        parts += [label(0, y + 11, f"block {i + 1}"), label(360, y + 11, f"{ffn:.0%}" if on else "cut", END),
+                  rect(278, y, 50, 14, HOLLOW), rect(278, y, 50 * ffn, 14, FULL)]
+        for x, name in (54, "self_heads"), (166, "cross_heads"):
+            step = 104 / masks[name].shape[1]
+            parts += [rect(x + step * j, y, 0.8 * step, 14, FULL if on * kept else HOLLOW)
+                      for j, kept in enumerate(masks[name][i].tolist())]
+    return svg(20 * len(masks["blocks"]) + 22, *parts)
+
+
 # ------------------------------------------------------------------------------------------- knowledge distillation
 
 
@@ -164,19 +200,23 @@ def main(argv=None):
     p.add_argument("--blocks", type=int, help="blocks to keep")
     p.add_argument("--heads", type=int, help="heads to keep in each attention of each block")
     p.add_argument("--ffn", type=int, help="FFN channels to keep in each block")
-    p.add_argument("--levels", default="blocks,heads,ffn", help="levels to prune (default: blocks,heads,ffn)")
+    p.add_argument("--levels", default="blocks,heads,ffn",
+                   help="levels to prune, with commas between (default: blocks,heads,ffn)")
     p.add_argument("--criterion", default="learned", choices=["learned", "taylor", "magnitude", "random"],
-                   help="what decides: learned masks, or the top of a fixed score (default: learned)")
-    p.add_argument("--kd", default="output,features", help="output, features, both, or none (default: both)")
+                   help="what decides which units stay: masks that learn, or the largest of a score that does not: "
+                        "the change of the loss, the norm of the weights, chance (default: learned)")
+    p.add_argument("--kd", default="output,features", help="what is to be like the teacher's: its velocity (output), "
+                   "its tokens after each block that stays (features), both, or none (default: both)")
     p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
     p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
-    p.add_argument("--masks", type=Path, help="the learned masks")
+    p.add_argument("--masks", type=Path, help="the masks, written; a picture of them goes beside")
     p.add_argument("--out", type=Path, help="the pruned DiT")
     p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
                    help="only say what the teacher and its pruned model cost, for clips of a SIZE in pixels")
-    training_flags(p)
-    args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", masks="masks.pt", out="pruned.pt")
+    training_flags(p, "optimiser steps of recovery, after --mask-steps")
+    sample_flags(p)
+    args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", vae="vae.pt", masks="masks.pt", out="pruned.pt")
     levels = args.levels.split(",")
     kd = {"both": ["output", "features"], "none": []}.get(args.kd, args.kd.split(","))
     if unknown := (set(levels) - set(LEVELS)) | (set(kd) - {"output", "features"}):
@@ -194,7 +234,8 @@ def main(argv=None):
     teacher, checkpoint = load_dit(args.dit, device, "dit")
     data = Latents(args.latents)
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
-    stop_if_done([args.out], settings, "python distill.py")
+    then = command("distill.py", args.run, args.preset)
+    stop_if_done([args.out], settings, then)
     for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
             "ffn", teacher.config["ffn"]):
         if not 0 < getattr(args, level) <= have:
@@ -238,23 +279,28 @@ def main(argv=None):
     # 4. recovery
     ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = Optimizer(dense, args, args.steps)
+    samples = Samples("pruned", args, data, device)
     recovery = Loop("prune", args, settings, args.steps, device, draw, dense=dense, ema=ema, optimizer=optimizer)
-    for _, batch in recovery:
+    for step, batch in recovery:
         with precision():
             loss = loss_fn(dense, teacher, batch, kd, kept=kept)
         optimizer.step(loss)
         ema.update_parameters(dense)
         recovery.log(loss=loss.item())
+        samples.show(step + 1, lambda noises, tokens: sample_euler(
+            ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
     metrics = dict(params=count(dense), params_ratio=count(dense) / count(teacher), blocks=dense.config["depth"],
                    heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference,
                    seconds=loop.seconds + recovery.seconds)
     save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=final, scores=scores,
          metrics=metrics)
+    picture = mask_map({name: m.cpu() for name, m in final.items()})
+    write_aside(args.masks.with_suffix(".svg"), lambda f: f.write(picture.encode()))
     history = {**{f"masks_{k}": v for k, v in loop.history.items()}, **recovery.history}
     save(args.out, stage="pruned", config=dense.config, model=ema.module.state_dict(), metrics=metrics,
          settings=settings, history=history, **context(checkpoint))
-    finish(args, "prune", metrics, "python distill.py", loop, recovery)
+    finish(args, "prune", metrics, then, loop, recovery)
 
 
 if __name__ == "__main__":

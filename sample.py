@@ -1,9 +1,9 @@
-"""Prompts in, videos out; the scores of every checkpoint; pictures that put the stages side by side.
+"""Prompts in, videos out; the scores of every checkpoint; a page that shows what each stage does.
 
     python sample.py --prompt "a red circle moving left" --out red.mp4        # also .gif, or .png: a contact sheet
     python sample.py --model runs/tiny/dit.pt --prompts prompts.txt --out all.gif        # one prompt a line
     python sample.py --score              # every checkpoint of the run, in one go  -> runs/tiny/metrics.json
-    python sample.py --report             # -> runs/tiny/report.html, compare.gif, compare.png
+    python sample.py --report             # -> runs/tiny/report.html, and the README's pictures beside it
 
 A student samples in its few steps without guidance; dit.pt and pruned.pt in --steps Euler steps with --cfg.
 
@@ -14,11 +14,11 @@ clips it is the share whose nearest training clip, by latents, carries the capti
 are computed, below; that they rank good above bad clips is for tests/ to show.
 """
 import base64
-import html
 import json
 import math
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from distill import sample_student
-from dit import Latents, load_dit, sample_euler, text_input, words
-from vae import (COLORS, DIRECTIONS, SHAPES, VAE, count, fail, load, parse, parser, positive, record, set_up,
-                 shape_coverage, write_aside)
+from distill import load_discriminator, sample_student
+from dit import Latents, add_noise, decode, gif, load_dit, sample_euler, text_input, words
+from prune import BOLD, END, FULL, HOLLOW, label, mask_map, rect, svg
+from vae import (COLORS, DIRECTIONS, SHAPES, command, count, fail, load, load_vae, maker, open_data, parse, parser,
+                 positive, progress, record, set_up, shape_coverage, write_aside)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
-STAGES = ("dit", "pruned", "student")
+STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # a checkpoint, and its name in pictures
 
 # ---------------------------------------------------------------------------------------------------- from a prompt
 
@@ -58,27 +59,33 @@ class Model:
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)],
                            dim=1).to(self.device)
 
-    def sample(self, tokens, noises):
-        """-> normalised latents [b, c, t, h, w]."""
+    def sample(self, tokens, noises, path=None):
+        """-> normalised latents [b, c, t, h, w]. path: as in sample_euler."""
         with self.precision():
             if self.student:
-                return sample_student(self.dit, noises, tokens)
-            return sample_euler(self.dit, noises[0], tokens, torch.zeros_like(tokens), self.steps, self.cfg)
+                return sample_student(self.dit, noises, tokens, path)
+            return sample_euler(self.dit, noises[0], tokens, torch.zeros_like(tokens), self.steps, self.cfg, path)
+
+    def make(self, captions, seed, batch=48):
+        """-> normalised latents [n, c, t, h, w] for these captions, and the median over batches of seconds a clip."""
+        tokens, noises, x0, seconds = self.tokens(captions), self.noise(len(captions), seed), [], []
+        for i in progress(range(0, len(captions), batch), f"{STAGES[self.stage]}, {len(captions)} clips"):
+            start = time.perf_counter()
+            x0.append(self.sample(tokens[i:i + batch], noises[:, i:i + batch]))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / len(x0[-1]))
+        return torch.cat(x0), float(np.median(seconds))
 
 
-@torch.no_grad()
-def decode(vae, checkpoint, x0, precision, batch=32):
-    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU."""
-    mean, std = (checkpoint[k].view(-1, 1, 1, 1).to(x0.device) for k in ("latent_mean", "latent_std"))
-    with precision():
-        return torch.cat([vae.decode(z * std + mean).float().clamp(-1, 1).cpu() for z in x0.split(batch)])
-
-
-def load_vae(path, device):
-    checkpoint = load(path, "vae")
-    vae = VAE(**checkpoint["config"])
-    vae.load_state_dict(checkpoint["model"])
-    return vae.to(device).eval().requires_grad_(False)
+def models_of(args, device, precision):
+    """The checkpoints that the run has. --steps is for the teacher and the pruned model: a student learned its own."""
+    for stage in STAGES:
+        path = args.run / f"{stage}.pt"
+        if path.exists():
+            yield Model(path, device, precision, args.steps if stage != "student" else None, args.cfg)
+        else:
+            print(f"{path} is not there, so left out: `{maker(path, stage)}` makes it", file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------- measuring clips
@@ -172,6 +179,21 @@ def frechet(a, b):
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
+def judge(captions, clips, x0, data):
+    """What each clip shows of what its caption asks: a dict a clip, {aspect: (whether it is right, what it shows)}."""
+    if data.file["config"]["data"] == "shapes":
+        names = {"color": [*COLORS, "none"], "shape": [*SHAPES, "none"], "direction": [*DIRECTIONS, "none"]}  # -1: none
+        return [{aspect: (is_ == asked, names[aspect][is_]) for aspect, is_, asked in zip(names, *both)}
+                for both in zip(measure(clips).tolist(), expected(captions).tolist())]
+    known = data.x0(data.train).to(x0.device).flatten(1)
+    nearest = [data.captions[i] for i in torch.cdist(x0.flatten(1), known).argmin(1).tolist()]
+    return [{"nearest training clip": (found == asked, found)} for found, asked in zip(nearest, captions)]
+
+
+def share(values):
+    return float(np.mean([bool(v) for v in values]))
+
+
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones."""
     data, vae = Latents(args.latents), load_vae(args.vae, device)
@@ -179,44 +201,25 @@ def score(args, device, precision):
     seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
     held = data.file["held_out_captions"]
     held = [held[i % len(held)] for i in range(args.clips // 2)] if held else []
-    real, scores = None, {}
-    for stage in STAGES:
-        path = args.run / f"{stage}.pt"
-        if not path.exists():
-            print(f"{path} is not there: not scored", file=sys.stderr)
-            continue
-        model = Model(path, device, precision, args.steps, args.cfg)
-        if real is None:
-            reference = data.x0(data.test if len(data.test) > 1 else data.train[:256]).to(device)
-            real = fixed_features(decode(vae, model.checkpoint, reference, precision))
-        captions, seconds, x0 = seen + held, [], []
-        tokens, noises = model.tokens(captions), model.noise(len(captions), args.seed)
-        for i in range(0, len(captions), 48):
-            start = time.perf_counter()
-            x0.append(model.sample(tokens[i:i + 48], noises[:, i:i + 48]))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / len(x0[-1]))
-        x0 = torch.cat(x0)
+    reference = data.x0(data.test if len(data.test) > 1 else data.train[:256]).to(device)
+    real, scores = fixed_features(decode(vae, data.context(), reference, precision)), {}
+    for model in models_of(args, device, precision):
+        x0, seconds = model.make(seen + held, args.seed)
         clips = decode(vae, model.checkpoint, x0, precision)
+        told = judge(seen + held, clips, x0, data)
+        right = [all(ok for ok, _ in aspects.values()) for aspects in told]
+        result = {"text_alignment": share(right[:len(seen)])}
         if on_shapes:
-            right = measure(clips) == expected(captions)
-            seen_right, held_right = right[:len(seen)], right[len(seen):]
-            result = dict(text_alignment=share(seen_right.all(1)), color=share(seen_right[:, 0]),
-                          shape=share(seen_right[:, 1]), direction=share(seen_right[:, 2]),
-                          held_out_alignment=share(held_right.all(1)))
-        else:
-            nearest = torch.cdist(x0.flatten(1), data.x0(data.train).to(device).flatten(1)).argmin(1).tolist()
-            result = dict(text_alignment=sum(data.captions[j] == c for j, c in zip(nearest, captions)) / len(captions))
-        scores[stage] = dict(**result, **motion_scores(clips, on_shapes),
-                             frechet=frechet(fixed_features(clips), real), params=count(model.dit),
-                             evaluations=model.evaluations, seconds_per_clip=float(np.median(seconds)))
-        print(stage.ljust(8), "  ".join(f"{k} {v:.4g}" for k, v in scores[stage].items()), flush=True)
+            result |= {aspect: share(t[aspect][0] for t in told[:len(seen)]) for aspect in told[0]}
+            result["held_out_alignment"] = share(right[len(seen):])
+        scores[model.stage] = dict(**result, **motion_scores(clips, on_shapes),
+                                   frechet=frechet(fixed_features(clips), real), clips=len(seen),
+                                   params=count(model.dit), evaluations=model.evaluations, seconds_per_clip=seconds)
+        print(model.stage.ljust(8), "  ".join(f"{k} {v:.4g}" for k, v in scores[model.stage].items()), flush=True)
+    if not scores:
+        fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     record(args.run, "score", scores)
-
-
-def share(values):
-    return values.float().mean().item()
+    print(f"{args.run / 'metrics.json'}: score; next: {command('export_coreml.py', args.run, args.preset)}")
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -242,96 +245,236 @@ def write_video(path, rows, fps):
     """rows: a list of rows of cells [t, H, W, 3]. mp4 and gif move; a png holds all frames of each cell in a line."""
     if path.suffix == ".png":
         data = np.concatenate([np.concatenate([np.concatenate(list(c), axis=1) for c in row], axis=1) for row in rows])
-        options = {}
+        encoded = iio.imwrite("<bytes>", data, extension=".png")
     else:
         data = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
-        options = dict(plugin="pillow", duration=1000 / fps, loop=0) if path.suffix == ".gif" else dict(
-            plugin="pyav", codec="libx264", fps=fps)
         data = data[:, :data.shape[1] // 2 * 2, :data.shape[2] // 2 * 2]  # H.264 wants even sizes; a gif may have them
-    encoded = iio.imwrite("<bytes>", data, extension=path.suffix, **options)
+        encoded = gif(data, fps) if path.suffix == ".gif" else iio.imwrite(
+            "<bytes>", data, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
     write_aside(path, lambda f: f.write(encoded))
 
 
-def loss_curve(title, values, width=280, height=90):
-    """One curve as inline SVG, averaged in a hundred pieces; the numbers are its first and last."""
-    points = [piece.mean() for piece in np.array_split(np.array(values), min(100, len(values)))]
-    low, high = min(points), max(points)
-    line = " ".join(f"{i / max(1, len(points) - 1) * width:.1f},{height - (p - low) / (high - low + 1e-9) * height:.1f}"
-                    for i, p in enumerate(points))
-    return (f"<figure><svg viewBox='-4 -4 {width + 8} {height + 8}' width={width}><polyline points='{line}' fill=none "
-            f"stroke=currentColor stroke-width=2 /></svg><figcaption>{html.escape(title)}: {points[0]:.3g} to "
-            f"{points[-1]:.3g}</figcaption></figure>")
+def moving(clip, fps):
+    """[3, t, h, w] in [-1, 1] -> an <img> with its frames inside; a large clip is made smaller."""
+    t, h, w = clip.shape[1:]
+    if max(h, w) > 192:
+        clip = F.interpolate(clip[None], (t, h * 192 // max(h, w), w * 192 // max(h, w)), mode="area")[0]
+    frames = ((clip / 2 + 0.5) * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    data = iio.imwrite("<bytes>", frames, extension=".webp", plugin="pillow", duration=1000 / fps, loop=0,
+                       lossless=max(h, w) <= 64, quality=85)
+    return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(data).decode()}">'
 
 
-def mask_map(masks):
-    """Which units the masks keep: a row a block, full squares are kept; a block that is cut keeps nothing."""
-    def row(i):
-        on = masks["blocks"][i]
-        own, cross = ("".join("■" if on * kept else "□" for kept in masks[f"{name}_heads"][i])
-                      for name in ("self", "cross"))
-        return f"block {i + 1:2}   {own}   {cross}   {(on * masks['ffn'][i]).mean():4.0%}"
-    return "\n".join(["           heads of self-, of cross-attention, FFN", *map(row, range(len(masks["blocks"])))])
+def number(x):
+    return f"{x / 1e6:.2f} M" if x >= 1e6 else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def report(args, device, precision):
-    """compare.gif and compare.png: a row a prompt, a column a stage, from the same noise; report.html around them."""
-    data, vae = Latents(args.latents), load_vae(args.vae, device)
-    held, captions = data.file["held_out_captions"], sorted(set(data.captions))
-    captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
-    captions += held[::max(1, len(held) // 2)][:2]
-    models = [Model(args.run / f"{stage}.pt", device, precision, args.steps, args.cfg) for stage in STAGES]
+def pipeline(scores, pixels, latents):
+    """What each stage saves, as bars: hollow is before it, filled is after."""
+    rows = [("vae.py", "numbers a clip", pixels, latents)]
+    if len(scores) == len(STAGES):
+        dit, pruned, student = ((s["params"], s["evaluations"], s["seconds_per_clip"]) for s in scores.values())
+        rows += [("dit.py", "parameters", dit[0], dit[0]), ("prune.py", "parameters", dit[0], pruned[0]),
+                 ("distill.py", "network evaluations a clip", dit[1], student[1]),
+                 ("all of them", "seconds a clip", dit[2], student[2])]
+    return svg(48 * len(rows), *(
+        label(0, y + 15, script, BOLD) + label(358, y + 15, what, END) + rect(1, y + 22, 220, 14, HOLLOW)
+        + rect(1, y + 22, 220 * after / before, 14, FULL)
+        + label(358, y + 33, number(after) if before == after else f"{number(before)} → {number(after)}", END)
+        for y, (script, what, before, after) in zip(range(0, 999, 48), rows)))
+
+
+def curve(name, values):
+    """A loss, each point the mean of a hundredth of the steps; logarithmic where it falls far."""
+    y = np.array([piece.mean() for piece in np.array_split(np.array(values), min(100, len(values)))])
+    low, high = y.min(), y.max()
+    y = np.log(y) if low > 0 and high > 20 * low else y
+    y = 104 - 96 * (y - y.min()) / (np.ptp(y) + 1e-9)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(np.linspace(56, 356, len(y)), y))
+    return svg(128, f'<path d="M52 4V108H358" {HOLLOW}/><polyline points="{points}" fill="none" stroke="#4c8bf5" '
+               'stroke-width="2"/>', label(48, 13, f"{high:.3g}", END), label(48, 107, f"{low:.3g}", END),
+               label(52, 123, 1), label(358, 123, f"{len(values)} steps", END)
+               ) + f"<figcaption><b>{name}</b>, {values[0]:.3g} to {values[-1]:.3g}</figcaption>"
+
+
+def histogram(sets):
+    """Distributions of scores {name: array}, one below the other on one axis; the line is 0."""
+    everything = np.concatenate(list(sets.values()))
+    edges = np.linspace(min(everything.min(), -0.1), max(everything.max(), 0.1), 31)
+    zero, y, parts = 66 - 290 * edges[0] / (edges[-1] - edges[0]), 50 * len(sets) + 12, []
+    for i, (name, values) in enumerate(sets.items()):
+        bars = np.histogram(values, edges)[0]
+        parts += [label(0, 50 * i + 44, name)] + [rect(66 + 290 / 30 * j, 50 * i + 44 - h, 9, h, FULL)
+                                                  for j, h in enumerate(40 * bars / bars.max()) if h]
+    return svg(y + 4, *parts, f'<path d="M{zero:.1f} 0V{y - 12}" stroke="currentColor"/>',
+               label(66, y, f"{edges[0]:.2g}"), label(356, y, f"{edges[-1]:.2g}", END))
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+STYLE = """:root{color-scheme:light dark;--page:#fff;--ink:#222;--soft:#666;--line:#ddd;--ok:#1a7f37;--no:#cf222e}
+@media(prefers-color-scheme:dark){:root{--page:#111;--ink:#eee;--soft:#999;--line:#444;--ok:#3fb950;--no:#ff7b72}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem;background:var(--page)}
+body,b,svg{color:var(--ink)}figcaption,small{color:var(--soft);font:.8rem/1.4 system-ui,sans-serif}figure{margin:0}
+h1{margin:0}h2{margin:3rem 0 .5rem;padding-top:1rem;border-top:1px solid var(--line)}h3{margin:1.5rem 0 .5rem}
+p{max-width:44rem;margin:.5rem 0 1rem}svg{display:block;width:100%;max-width:30rem}pre{overflow-x:auto}
+img{display:block;width:100%;image-rendering:pixelated;border-radius:4px;margin-bottom:3px}
+.grid{display:grid;gap:.75rem;
+grid-template-columns:repeat(auto-fill,minmax(max(var(--least),100%/(var(--most) + 1)),1fr))}
+table{border-collapse:collapse;width:100%;max-width:44rem;font-size:.9rem;font-variant-numeric:tabular-nums}
+td{padding:.3rem 0 .3rem .5rem;text-align:right;border-bottom:1px solid var(--line)}.ok{color:var(--ok)}
+td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}.no{color:var(--no)}"""
+
+
+def grid(most, least, figures):
+    """Figures side by side: at most so many, and none narrower than `least`."""
+    figures = "".join(f"<figure>{figure}</figure>" for figure in figures)
+    return f'<div class="grid" style="--most:{most};--least:{least}">{figures}</div>'
+
+
+def missing(args, *names):
+    """What to read in place of what the run does not have."""
+    return "".join(f"<p>Left out: {name} is not there. <code>{escape(maker(args.run / name, Path(name).stem))}</code> "
+                   "makes it.</p>" for name in names if not (args.run / name).exists())
+
+
+def side_by_side(args, data, models, captions, show):
+    """A row a prompt, a column a stage; what each clip shows stands below it. Writes compare.gif and compare.png."""
     where = {c: i for i, c in enumerate(data.captions + data.test_captions)}  # a test clip, if the caption has one
-    real = data.x0([where[c] for c in captions]).to(device)
-    columns = {"input": decode(vae, models[0].checkpoint, real, precision)}
+    where, made = [where[c] for c in captions], data.file["settings"]
+    real, columns, html = data.x0(where), {}, ""
+    if made["data"] == "shapes" or Path(made["data"]).is_dir():
+        source = open_data(*(made[key] for key in ("data", "size", "clips", "stride", "seed")))
+        if source.captions == data.captions + data.test_captions:
+            columns["input"] = source.clip(where), real
+    if not columns:
+        html = f"<p>Left out: the input. {escape(made['data'])} has gone or changed.</p>"
+    columns["reconstruction"] = show(real), real
     for model in models:
-        x0 = model.sample(model.tokens(captions), model.noise(len(captions), args.seed))
-        title = {"dit": "teacher", "pruned": "pruned", "student": "student"}[model.stage]
-        columns[f"{title} ({model.evaluations})"] = decode(vae, models[0].checkpoint, x0, precision)
-    rows = [[cell(clips[i], f"{title}: {caption}" + (" (held out)" if caption in held else ""), 160)
-             for title, clips in columns.items()] for i, caption in enumerate(captions)]
+        x0 = model.make(captions, args.seed)[0]
+        columns[STAGES[model.stage]] = show(x0), x0
+    rows = [[cell(clips[i], f"{name}: {caption}", 160) for name, (clips, _) in columns.items()]
+            for i, caption in enumerate(captions)]
     write_video(args.run / "compare.gif", rows, args.fps)
     middle = rows[0][0].shape[0] // 2
     write_video(args.run / "compare.png", [[c[[0, middle, -1]] for c in row] for row in rows], args.fps)
 
-    metrics = json.loads((args.run / "metrics.json").read_text())
-    image = base64.b64encode((args.run / "compare.gif").read_bytes()).decode()
+    told = {name: judge(captions, *column, data) for name, column in columns.items()}
+    for i, caption in enumerate(captions):
+        new = " <small>never trained on</small>" if caption in data.file["held_out_captions"] else ""
+        html += f"<h3>{escape(caption)}{new}</h3>" + grid(5, "6.4rem", (
+            f"{moving(clips[i], args.fps)}<figcaption><b>{name}</b><br>" + " ".join(
+                f"<span class={'ok' if ok else 'no'}>{'✓' if ok else '✗'}&nbsp;{escape(seen)}</span>"
+                for ok, seen in told[name][i].values()) + "</figcaption>" for name, (clips, _) in columns.items()))
+    return html + missing(args, *(f"{stage}.pt" for stage in STAGES))
+
+
+def from_noise(args, models, caption, show):
+    """x_t, and the x0 that the network sees in it, at up to eight steps of a sampling. Writes path.png."""
+    html, rows = "", []
+    for model in models:
+        path = []
+        model.sample(model.tokens([caption]), model.noise(1, args.seed), path)
+        steps = np.linspace(0, len(path) - 1, min(8, len(path))).round().astype(int)
+        t, x_t, x0 = zip(*(path[i] for i in steps))
+        x_t, x0 = show(torch.cat(x_t)), show(torch.cat(x0))
+        notes, name = [f"step {i + 1}, t={at:.2f}" for i, at in zip(steps, t)], STAGES[model.stage]
+        html += f"<h3>{name}: {len(path)} steps, {model.evaluations} evaluations</h3>" + grid(8, "4.6rem", (
+            f"{moving(a, args.fps)}{moving(b, args.fps)}<figcaption>{note}</figcaption>"
+            for a, b, note in zip(x_t, x0, notes)))
+        row = [cell(torch.cat(both, dim=2), f"{name} {note}", 96)[[both[0].shape[1] // 2]]
+               for *both, note in zip(x_t, x0, notes)]
+        rows.append(row + [np.full_like(row[0], 255)] * (8 - len(row)))
+    write_video(args.run / "path.png", rows, args.fps)
+    return html
+
+
+def opinions(args, data, models, device):
+    """What the trained discriminator says of real clips that no stage trained on, and of clips made from the same
+    captions, all with the same noise: {name: scores}."""
+    discriminator, settings = load_discriminator(args.run / "discriminator.pt", device)
+    g = torch.Generator().manual_seed(args.seed)
+    picked = torch.randperm(len(data.test), generator=g)[:64].tolist()
+    captions = [data.test_captions[i] for i in picked]
+    real = data.x0([data.test[i] for i in picked]).to(device)
+    sets = {"real": real, **{STAGES[m.stage]: m.make(captions, args.seed)[0] for m in models}}
+    s = torch.sigmoid(settings["level"] + torch.randn(len(picked), generator=g)).to(device)
+    noise, tokens = torch.randn(sets["real"].shape, generator=g).to(device), models[0].tokens(captions)
+    return {name: discriminator(add_noise(x0, noise, s), s, tokens).cpu().numpy() for name, x0 in sets.items()}
+
+
+def report(args, device, precision):
+    """report.html, one file that needs no other, and the README's pictures: compare.gif, path.png, pipeline.svg. What
+    the run does not have is left out with a word."""
+    data, vae, models = Latents(args.latents), load_vae(args.vae, device), [*models_of(args, device, precision)]
+    held, captions = data.file["held_out_captions"], sorted(set(data.captions))
+    captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
+    captions += held[::max(1, len(held) // 2)][:2]
+    few, path = [m for m in models if m.stage != "pruned"], args.run / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
     scores = metrics.get("score", {})
-    keys = list(next(iter(scores.values()), {}))
-    table = "".join(f"<tr><th>{key}</th>" + "".join(f"<td>{scores[stage][key]:.4g}</td>" for stage in scores) + "</tr>"
-                    for key in keys)
-    curves = "".join(loss_curve(f"{name}, {key.replace('_', ' ')}", values) for name in ("vae", *STAGES)
-                     for key, values in load(args.run / f"{name}.pt", name)["history"].items())
-    masks = args.run / "masks.pt"
-    masks = f"<h2>Masks</h2><pre class=wide>{mask_map(load(masks, 'masks')['masks'])}</pre>" if masks.exists() else ""
-    page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Mobile Video DiT: report</title><style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:60rem;
-margin:auto;padding:1rem}}img{{max-width:100%}}td,th{{padding:.2rem .8rem;text-align:left}}
-.wide{{overflow-x:auto}}.curves{{display:flex;flex-wrap:wrap;gap:1rem}}figure{{margin:0}}</style>
-<h1>Mobile Video DiT</h1>
-<p>One row a prompt; columns: a real clip through the VAE, then each stage from the same noise, with its network
-evaluations a clip.</p><img alt="comparison of the stages"
-src="data:image/gif;base64,{image}"><h2>Scores</h2><div class=wide><table>
-<tr><th></th>{"".join(f"<th>{s}</th>" for s in scores)}</tr>{table}</table></div><h2>Training</h2>
-<div class=curves>{curves}</div>{masks}<h2>metrics.json</h2>
-<pre class=wide>{html.escape(json.dumps(metrics, indent=2))}</pre></html>"""
+
+    def show(x0):
+        return decode(vae, data.context(), x0.to(device), precision)
+
+    bars = pipeline(scores, 3 * math.prod(data.file["config"]["size"]), math.prod(data.latents.shape[1:]))
+    keys = dict.fromkeys(["params", "evaluations", "seconds_per_clip", *(k for s in scores.values() for k in s)])
+    table = [["", *map(STAGES.get, scores)]] + [[key.replace("_", " "), *(number(s[key]) for s in scores.values())]
+                                                for key in keys if all(key in s for s in scores.values())]
+    table = "".join(f"<tr><td>{'<td>'.join(row)}" for row in table) if scores else (
+        f"<tr><td>Not yet: <code>{escape(command('sample.py', args.run, args.preset, '--score'))}</code>")
+    masks = missing(args, "masks.pt") or mask_map(load(args.run / "masks.pt", "masks")["masks"])
+    said = {} if missing(args, "discriminator.pt") or not few else opinions(args, data, few, device)
+    told = ", ".join(f"{(said['real'][:, None] > x).mean():.0%} ({name})" for name, x in said.items() if name != "real")
+    curves = [curve(f"{name}: {key.replace('_', ' ')}", values)
+              for name in ("vae", *STAGES) if (args.run / f"{name}.pt").exists()
+              for key, values in load(args.run / f"{name}.pt", name)["history"].items()]
+    seconds = ", ".join(f"{stage} {metrics[stage]['seconds']:.0f}" for stage in metrics if "seconds" in metrics[stage])
+    sections = [
+        ("What each stage saves", "Hollow is before it, filled after it.", bars),
+        ("Side by side", "Input is a real clip with that caption, reconstruction what the VAE keeps of it; the others "
+         "start from the same noise. Below each clip stands what it shows, as measured (of a real clip the caption of "
+         "the nearest training clip), ✓ where the caption asks for it.",
+         side_by_side(args, data, models, captions, show)),
+        ("Costs and scores", "Text alignment: the share of clips that are all that their caption says; held out "
+         "alignment: the same, of combinations never trained on. Frechet: the distance from real clips, less is "
+         "better. Seconds are those of sampling latents.", f"<table>{table}</table>"),
+        ("From noise to a clip", f"“{escape(captions[-1])}”. Above: x_t, what the network is given. Below: x0, the "
+         "clean clip that it sees in it. The teacher creeps along its velocity; the student jumps to x0, adds noise, "
+         "and jumps again.", from_noise(args, few, captions[-1], show) if few else ""),
+        ("What was cut", "A row a block of the teacher, a square an attention head, a bar the FFN's channels. Filled "
+         "stays, hollow is cut; a block that is cut keeps nothing.", masks),
+        ("What the discriminator says", "Scores of real clips that no stage trained on, and of clips made from the "
+         "same captions, with the same noise; right of the line (0) it says: real.", f"<p>Of all pairs it puts the "
+         f"real clip above the generated one in {told}; a coin would in 50%.</p>{histogram(said)}" if said else
+         missing(args, "discriminator.pt")),
+        ("Training", f"Seconds: {seconds}. A curve that falls far has a logarithmic axis.", grid(3, "16rem", curves)),
+        ("All figures", "", f"<pre>{escape(json.dumps(metrics, indent=1))}</pre>")]
+    size = "×".join(map(str, data.file["config"]["size"]))
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>Mobile Video DiT: {escape(str(args.run))}</title><style>{STYLE}</style><h1>Mobile Video DiT</h1>"
+            f"<p>The run {escape(str(args.run))}: clips of {size} (frames, height, width), stage by stage.</p>"
+            + "".join(f"<h2>{title}</h2><p>{words}</p>{body}" for title, words, body in sections) + "</html>")
+    write_aside(args.run / "pipeline.svg", lambda f: f.write(bars.encode()))
     write_aside(args.run / "report.html", lambda f: f.write(page.encode()))
-    print(f"open {args.run / 'report.html'}, {args.run / 'compare.gif'}, {args.run / 'compare.png'}")
+    print(f"open {args.run / 'report.html'}")
 
 
 def main(argv=None):
     p = parser(__doc__, PRESETS)
-    p.add_argument("--prompt", action="append", help="what to show; may be given several times")
+    p.add_argument("--prompt", action="append", help="what to show, in words of the training captions; may be repeated")
     p.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
-    p.add_argument("--model", type=Path, help="the checkpoint to sample from")
-    p.add_argument("--vae", type=Path, help="the autoencoder")
-    p.add_argument("--latents", type=Path, help="the data set, for --score and --report")
+    p.add_argument("--model", type=Path, help="the checkpoint to sample from: dit.pt, pruned.pt or a student")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py")
+    p.add_argument("--latents", type=Path, help="the data set, from vae.py, for --score and --report")
     p.add_argument("--out", type=Path, help="an mp4, a gif, or a png with all frames")
-    p.add_argument("--steps", type=positive, help="sampling steps (default: a student's own, 40 for the others)")
+    p.add_argument("--steps", type=positive, help="sampling steps; --score and --report leave a student its own "
+                   "(default: a student's own, 40 for the others)")
     p.add_argument("--cfg", type=float, default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
     p.add_argument("--fps", type=positive, default=8, help="frames a second of what is written (default: 8)")
-    p.add_argument("--score", action="store_true", help="score every checkpoint of the run")
+    p.add_argument("--score", action="store_true", help="score every checkpoint of the run, into RUN/metrics.json")
     p.add_argument("--clips", type=positive, default=96, help="clips a checkpoint that --score makes (default: 96)")
-    p.add_argument("--report", action="store_true", help="write report.html, compare.gif and compare.png")
+    p.add_argument("--report", action="store_true", help="write RUN/report.html and the README's pictures beside it")
     args = parse(p, PRESETS, argv, model="student.pt", vae="vae.pt", latents="latents.pt", out="sample.mp4")
     prompts = list(args.prompt or [])
     if args.prompts:
@@ -354,8 +497,7 @@ def main(argv=None):
         report(args, device, precision)
     if prompts:
         model, vae = Model(args.model, device, precision, args.steps, args.cfg), load_vae(args.vae, device)
-        x0 = model.sample(model.tokens(prompts), model.noise(len(prompts), args.seed))
-        clips = decode(vae, model.checkpoint, x0, precision)
+        clips = decode(vae, model.checkpoint, model.make(prompts, args.seed)[0], precision)
         cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]
         across = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))
         cells += [np.full_like(cells[0], 255)] * (-len(cells) % across)

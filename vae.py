@@ -27,6 +27,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -134,8 +135,8 @@ class Folder:
         self.size, self.stride, self.videos = (frames, height, width), stride, []
         span = (frames - 1) * stride + 1
         windows, names, embeddings = {"train": [], "test": []}, [], {}
-        for path in tqdm(sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md")),
-                         desc="reading clips", disable=quiet()):
+        for path in progress(sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md")),
+                             "reading clips"):
             try:
                 caption = path.with_suffix(".txt").read_text(encoding="utf-8").split()
                 if not caption:
@@ -185,6 +186,14 @@ class Folder:
         t, s = self.size[0], self.stride
         picked = [self.videos[v][start:start + (t - 1) * s + 1:s] for v, start in (self.windows[i] for i in indices)]
         return rearrange(torch.stack(picked), "b t c h w -> b c t h w").float() / 127.5 - 1
+
+
+def open_data(data, size, clips, stride, seed):
+    if data == "shapes":
+        return Shapes(*size, clips, seed)
+    if not Path(data).is_dir():
+        fail(f"--data {data} is neither `shapes` nor a folder")
+    return Folder(data, *size, clips, stride)
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -341,14 +350,22 @@ def psnr(vae, clips, precision):
     return torch.cat(values).mean().item()
 
 
+def load_vae(path, device):
+    checkpoint = load(path, "vae")
+    vae = VAE(**checkpoint["config"])
+    vae.load_state_dict(checkpoint["model"])
+    return vae.to(device).eval().requires_grad_(False)
+
+
 # ----------------------------------------------------------------------------------------------------- the training
 
 
 def main(argv=None):
     p = parser(__doc__, PRESETS)
     p.add_argument("--data", default="shapes", help="`shapes`, or a folder of name.mp4 + name.txt (default: shapes)")
-    p.add_argument("--size", type=dims, help="frames x height x width of a clip, in pixels")
-    p.add_argument("--ratio", type=dims, help="compression, time x height x width: 4x16x16, 8x32x32, 8x64x64, ...")
+    p.add_argument("--size", type=dims, metavar="TxHxW", help="frames x height x width of a clip, in pixels")
+    p.add_argument("--ratio", type=dims, metavar="TxHxW",
+                   help="compression, time x height x width: 4x16x16, 8x32x32, 8x64x64, ...")
     p.add_argument("--stride", type=positive, default=2, help="take every n-th frame of a real clip (default: 2)")
     p.add_argument("--clips", type=positive, help="rendered clips, or windows of real ones, to train on")
     p.add_argument("--latent-channels", type=positive, help="channels of a latent")
@@ -362,15 +379,11 @@ def main(argv=None):
     check_size(args.size, args.ratio)
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
                                               "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
-    stop_if_done([args.out, args.latents], settings, "python dit.py")
+    then = command("dit.py", args.run, args.preset)
+    stop_if_done([args.out, args.latents], settings, then)
 
     device, precision = set_up(args)
-    if args.data == "shapes":
-        data = Shapes(*args.size, args.clips, args.seed)
-    elif Path(args.data).is_dir():
-        data = Folder(args.data, *args.size, args.clips, args.stride)
-    else:
-        fail(f"--data {args.data} is neither `shapes` nor a folder")
+    data = open_data(args.data, args.size, args.clips, args.stride, args.seed)
 
     torch.manual_seed(args.seed)
     try:
@@ -395,8 +408,9 @@ def main(argv=None):
         loop.log(loss=loss.item(), psnr_db=-10 * mse.div(4).log10().item())
 
     vae = ema.module.eval()
-    metrics = dict(psnr_db=psnr(vae, (data.clip([i]).to(device) for i in data.test), precision), params=count(vae),
-                   compression=list(args.ratio), latent_channels=args.latent_channels, seconds=loop.seconds)
+    metrics = dict(psnr_db=psnr(vae, (data.clip([i]).to(device) for i in progress(data.test, "testing")), precision),
+                   params=count(vae), compression=list(args.ratio), latent_channels=args.latent_channels,
+                   seconds=loop.seconds)
     save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics, settings=settings,
          history=loop.history)
 
@@ -406,7 +420,7 @@ def main(argv=None):
     total = torch.zeros(2, z_shape[0], dtype=torch.float64)  # of the training latents and of their squares
 
     def encode(file):
-        for i in tqdm(range(0, len(everything), b * WORLD), desc="encoding", disable=quiet()):
+        for i in progress(range(0, len(everything), b * WORLD), "encoding"):
             mine = [everything[j % len(everything)] for j in range(i + b * RANK, i + b * (RANK + 1))]
             with torch.no_grad(), precision():
                 z = gathered(vae.encode(data.clip(mine).to(device))[0].half()).cpu()[:len(everything) - i]
@@ -428,7 +442,7 @@ def main(argv=None):
         part.unlink()
     else:
         encode(open(os.devnull, "wb"))
-    finish(args, "vae", metrics, "python dit.py", loop)
+    finish(args, "vae", metrics, then, loop)
 
 
 # --------------------------------------------------------------------------------------------------------- the kit
@@ -480,21 +494,24 @@ def positive(text):
 def parser(doc, presets, computes=True):
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=list(presets), default="tiny",
-                   help="tiny: a laptop's CPU; toy: one GPU; mobile, server: the paper's sizes (default: tiny)")
-    p.add_argument("--run", type=Path, help="folder that files are read from and written to (default: runs/PRESET)")
+                   help="tiny: a laptop's CPU; toy: one GPU; mobile, server: the paper's sizes; "
+                        "one preset for all stages of a run (default: tiny)")
+    p.add_argument("--run", type=Path, metavar="DIR",
+                   help="folder that files are read from and written to (default: runs/PRESET)")
     p.add_argument("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
     if not computes:
         return p
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                    help="precision of the arithmetic; weights stay float32 (default: bfloat16 where it is faster)")
     return p
 
 
-def training_flags(p):
-    p.add_argument("--steps", type=positive, help="optimiser steps")
+def training_flags(p, steps="optimiser steps"):
+    p.add_argument("--steps", type=positive, help=steps)
     p.add_argument("--batch-size", type=positive, help="clips a step")
-    p.add_argument("--lr", type=float, help="peak learning rate; Muon's, with --optimizer muon")
+    p.add_argument("--lr", type=float, help="peak learning rate; --optimizer adamw wants about 0.001 at preset tiny")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
     p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
     p.add_argument("--recompute", action="store_true",
@@ -507,6 +524,8 @@ def parse(p, presets, argv, **files):
     for action in p._actions:  # the presets' values stand in --help too
         if action.dest in presets["tiny"]:
             action.help += f" (default: {', '.join(f'{presets[k][action.dest]} {k}' for k in presets)})"
+        if action.type in (Path, positive, int, float):
+            action.metavar = action.metavar or {Path: "FILE", float: "X"}.get(action.type, "N")
         if action.dest in files and "default" not in action.help:
             action.help += f" (default: RUN/{files[action.dest]})"
     args = p.parse_args(argv)
@@ -696,14 +715,37 @@ def save(path, **checkpoint):
 
 
 COMMANDS = {"vae": "vae.py", "latents": "vae.py", "dit": "dit.py", "masks": "prune.py", "pruned": "prune.py",
-            "student": "distill.py"}
+            "student": "distill.py", "discriminator": "distill.py"}
+
+
+def command(script, run, preset="tiny", *more):
+    """What to type next, with the flags that lead it to this run."""
+    flags = ["--preset", preset] * (preset != "tiny") + ["--run", str(run)] * (Path(run) != Path("runs") / preset)
+    return shlex.join(["python", script, *flags, *more])
+
+
+def maker(path, stage):
+    """The command that makes a file which is not there."""
+    path = Path(path)
+    script = COMMANDS.get(path.stem, COMMANDS[stage])
+    return command(script, path.parent, path.parent.name if path.parent.name in PRESETS else "tiny")
+
+
+def progress(items, what):
+    """A bar with speed and time left on a terminal; elsewhere a line at the end, if it took more than two seconds."""
+    start = time.monotonic()
+    bar = tqdm(items, desc=what, disable=quiet(), dynamic_ncols=True, leave=False, delay=1)
+    on_terminal = not bar.disable
+    yield from bar
+    if FIRST and not on_terminal and time.monotonic() - start > 2:
+        print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def load(path, *stages):
     """Reads a checkpoint of one of these stages, never running code from it; otherwise one line and exit status 2."""
     path = Path(path)
     if not path.is_file():
-        fail(f"{path} is not there: `python {COMMANDS.get(path.stem, COMMANDS[stages[0]])}` makes it")
+        fail(f"{path} is not there: `{maker(path, stages[0])}` makes it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stage = checkpoint["stage"]

@@ -26,14 +26,14 @@ def main(argv=None):
     p.add_argument("--latents", type=Path, help="the data set")
     p.add_argument("--clips", type=positive, default=96, help="clips of seen captions; half as many held-out ones")
     args = parse(p, PRESETS, argv, model="student.pt", vae="vae.pt", latents="latents.pt")
-    data, vae = Latents(args.latents, "cpu"), load_vae(args.vae, "cpu")
+    data, vae = Latents(args.latents), load_vae(args.vae, "cpu")
     model = Model(args.model, "cpu", torch.no_grad, None, 1)
     captions = sorted(set(data.captions))
     captions = [captions[i % len(captions)] for i in range(args.clips)]
     held = data.file["held_out_captions"]
     held = [held[i % len(held)] for i in range(args.clips // 2)]
     tokens, noises = text_input(model.checkpoint, captions + held).int(), model.noise(len(captions + held), args.seed)
-    real = fixed_features(decode(vae, model.checkpoint, data.test_x0, torch.no_grad))
+    real = fixed_features(decode(vae, model.checkpoint, data.x0(data.test), torch.no_grad))
     reference = decode(vae, model.checkpoint, model.sample(tokens, noises), torch.no_grad)
 
     def row(name, size, clips):

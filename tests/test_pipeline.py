@@ -180,6 +180,11 @@ def test_embeddings_of_your_own_replace_the_text_encoder(micro_run, tmp_path, ca
     sample.main(["--run", str(run), "--prompt", "clip one", "--out", str(tmp_path / "one.gif"), "--device", "cpu"])
     sample.main(["--run", str(run), "--score", "--clips", "2", "--steps", "2", "--device", "cpu"])
     assert (tmp_path / "one.gif").exists()
+    for clips, told in (tmp_path / "clips", False), (tmp_path / "moved", True):  # the report reads the clips again
+        sample.main(["--run", str(run), "--report", "--steps", "2", "--device", "cpu"])
+        page = (run / "report.html").read_text()
+        assert "&nbsp;clip one" in page and ("Left out: the input" in page) == told
+        clips.exists() and clips.rename(tmp_path / "moved")
     with pytest.raises(SystemExit) as stop:
         sample.main(["--run", str(run), "--prompt", "clip three", "--device", "cpu"])
     assert stop.value.code == 2 and "clip three" in capsys.readouterr().err
