@@ -26,8 +26,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dit import Block, Latents, add_noise, context, guided_velocity, load_dit, logit_normal
-from vae import (Loop, Optimizer, RMSNorm, count, fail, fingerprint, finish, parse, parser, positive, save, set_up,
-                 stop_if_done, training_flags)
+from vae import (Loop, Optimizer, RMSNorm, between, check_settings, count, fail, fingerprint, finish, parse, parser,
+                 positive, reading, save, script, set_up, stop_if_done, training_flags)
 
 PRESETS = {
     "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=75, batch_size=32, lr=0.02,
@@ -124,12 +124,12 @@ def main(argv=None):
     p.add_argument("--sampling-steps", type=positive, default=4, help="steps of the student (default: 4)")
     p.add_argument("--frozen-blocks", type=positive, help="K, blocks of the generator that the discriminator inherits")
     p.add_argument("--learned-blocks", type=positive, help="blocks that the discriminator learns on top")
-    p.add_argument("--adversarial", type=float, default=0.03, help="weight of the adversarial term (default: 0.03)")
-    p.add_argument("--distillation", type=float, default=1.0, help="weight of the distillation term (default: 1)")
-    p.add_argument("--r1", type=float, default=0.0, help="weight of the smoothness term (default: 0, not needed here)")
-    p.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the teacher (default: 3)")
+    p.add_argument("--adversarial", type=between(0), default=0.03, help="weight of the adversary (default: 0.03)")
+    p.add_argument("--distillation", type=between(0), default=1.0, help="weight of the distillation term (default: 1)")
+    p.add_argument("--r1", type=between(0), default=0.0, help="weight of the smoothness term (default: 0)")
+    p.add_argument("--cfg", type=between(0), default=3.0, help="guidance scale of the teacher (default: 3)")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
-    p.add_argument("--level", type=float, default=-2.5,
+    p.add_argument("--level", type=between(-20, 20), default=-2.5,
                    help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
     p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
     p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py")
@@ -144,9 +144,12 @@ def main(argv=None):
     if not (args.adversarial or args.distillation):
         fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
-    teacher, _ = load_dit(args.teacher, device, "dit")
+    teacher, teacher_checkpoint = load_dit(args.teacher, device, "dit")
     start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
-    data = Latents(args.latents, device)
+    with reading(args.latents):
+        data = Latents(args.latents, device)
+    for path, made in (args.teacher, teacher_checkpoint), (args.pruned, checkpoint):
+        check_settings(path, made["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
                  "pruned": fingerprint(start.parameters())}
     stop_if_done([args.out], settings, then)
@@ -191,11 +194,11 @@ def main(argv=None):
 
     last = {k: sum(v[-20:]) / len(v[-20:]) for k, v in loop.history.items()}
     metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
-                   **last, seconds=loop.seconds)
+                   **last)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
          settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
     finish(args, "distill", metrics, then, loop)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

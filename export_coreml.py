@@ -33,7 +33,7 @@ from torch import nn
 from distill import predict_x0, sample_student
 from dit import PAD, load_dit, text_input
 from sample import PRESETS, load_vae
-from vae import RMSNorm, fail, parse, parser, record, set_up, write_aside
+from vae import RMSNorm, fail, parse, parser, record, script, set_up, write_aside
 
 MAX_RANK = 5  # of a Core ML tensor
 
@@ -284,4 +284,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

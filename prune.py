@@ -29,8 +29,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dit import PAD, DiT, Latents, add_noise, context, load_dit, logit_normal
-from vae import (Loop, Optimizer, count, fail, fingerprint, finish, parse, parser, positive, save, set_up, stop_if_done,
-                 training_flags)
+from vae import (Loop, Optimizer, check_settings, count, fail, fingerprint, finish, parse, parser, positive, reading,
+                 save, script, set_up, stop_if_done, training_flags)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
     "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
@@ -186,7 +186,9 @@ def main(argv=None):
                                               "steps", "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
-    data = Latents(args.latents, device)
+    with reading(args.latents):
+        data = Latents(args.latents, device)
+    check_settings(args.dit, checkpoint["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
     stop_if_done([args.out], settings, "python distill.py")
     for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
@@ -237,8 +239,7 @@ def main(argv=None):
         recovery.log(loss=loss.item())
 
     metrics = dict(params=count(dense), params_ratio=count(dense) / count(teacher), blocks=dense.config["depth"],
-                   heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference,
-                   seconds=loop.seconds + recovery.seconds)
+                   heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference)
     save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=final, scores=scores,
          metrics=metrics)
     history = {**{f"masks_{k}": v for k, v in loop.history.items()}, **recovery.history}
@@ -248,4 +249,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from distill import sample_student
 from dit import Latents, load_dit, sample_euler, text_input, words
-from vae import (COLORS, DIRECTIONS, SHAPES, VAE, count, fail, load, parse, parser, positive, record, set_up,
-                 shape_coverage, write_aside)
+from vae import (COLORS, DIRECTIONS, SHAPES, VAE, between, count, fail, load, parse, parser, positive, read_metrics,
+                 reading, record, script, set_up, shape_coverage, write_aside)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = ("dit", "pruned", "student")
@@ -69,6 +69,9 @@ class Model:
 @torch.no_grad()
 def decode(vae, checkpoint, x0, precision, batch=32):
     """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU."""
+    if x0.shape[1] != vae.config["latent_channels"]:
+        fail(f"the clips have {x0.shape[1]} latent channels, the autoencoder {vae.config['latent_channels']}: "
+             "they come from different runs")
     mean, std = (checkpoint[k].view(-1, 1, 1, 1).to(x0.device) for k in ("latent_mean", "latent_std"))
     with precision():
         return torch.cat([vae.decode(z * std + mean).float().clamp(-1, 1).cpu() for z in x0.split(batch)])
@@ -76,8 +79,9 @@ def decode(vae, checkpoint, x0, precision, batch=32):
 
 def load_vae(path, device):
     checkpoint = load(path, "vae")
-    vae = VAE(**checkpoint["config"])
-    vae.load_state_dict(checkpoint["model"])
+    with reading(path):
+        vae = VAE(**checkpoint["config"])
+        vae.load_state_dict(checkpoint["model"])
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -174,7 +178,9 @@ def frechet(a, b):
 
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones."""
-    data, vae = Latents(args.latents, device), load_vae(args.vae, device)
+    with reading(args.latents):
+        data = Latents(args.latents, device)
+    vae = load_vae(args.vae, device)
     on_shapes = data.file["config"]["data"] == "shapes"
     seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
     held = data.file["held_out_captions"]
@@ -275,7 +281,9 @@ def mask_map(masks):
 
 def report(args, device, precision):
     """compare.gif and compare.png: a row a prompt, a column a stage, from the same noise; report.html around them."""
-    data, vae = Latents(args.latents, device), load_vae(args.vae, device)
+    with reading(args.latents):
+        data = Latents(args.latents, device)
+    vae = load_vae(args.vae, device)
     held, captions = data.file["held_out_captions"], sorted(set(data.captions))
     captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
     captions += held[::max(1, len(held) // 2)][:2]
@@ -293,7 +301,7 @@ def report(args, device, precision):
     middle = rows[0][0].shape[0] // 2
     write_video(args.run / "compare.png", [[c[[0, middle, -1]] for c in row] for row in rows], args.fps)
 
-    metrics = json.loads((args.run / "metrics.json").read_text())
+    metrics = read_metrics(args.run)
     image = base64.b64encode((args.run / "compare.gif").read_bytes()).decode()
     scores = metrics.get("score", {})
     keys = list(next(iter(scores.values()), {}))
@@ -327,7 +335,7 @@ def main(argv=None):
     p.add_argument("--latents", type=Path, help="the data set, for --score and --report")
     p.add_argument("--out", type=Path, help="an mp4, a gif, or a png with all frames")
     p.add_argument("--steps", type=positive, help="sampling steps (default: a student's own, 40 for the others)")
-    p.add_argument("--cfg", type=float, default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
+    p.add_argument("--cfg", type=between(0), default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
     p.add_argument("--fps", type=positive, default=8, help="frames a second of what is written (default: 8)")
     p.add_argument("--score", action="store_true", help="score every checkpoint of the run")
     p.add_argument("--clips", type=positive, default=96, help="clips a checkpoint that --score makes (default: 96)")
@@ -364,4 +372,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
