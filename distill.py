@@ -27,8 +27,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal,
                  sample_flags)
-from vae import (Loop, Optimizer, RMSNorm, command, count, fail, fingerprint, finish, load, parse, parser, positive,
-                 save, set_up, stop_if_done, training_flags)
+from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
+                 parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
 
 PRESETS = {
     "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=75, batch_size=32, lr=0.02,
@@ -138,12 +138,12 @@ def main(argv=None):
                    help="steps that the student learns to sample in (default: 4)")
     p.add_argument("--frozen-blocks", type=positive, help="K, blocks of the generator that the discriminator inherits")
     p.add_argument("--learned-blocks", type=positive, help="blocks that the discriminator learns on top")
-    p.add_argument("--adversarial", type=float, default=0.03, help="weight of the adversarial term (default: 0.03)")
-    p.add_argument("--distillation", type=float, default=1.0, help="weight of the distillation term (default: 1)")
-    p.add_argument("--r1", type=float, default=0.0, help="weight of the smoothness term (default: 0, not needed here)")
-    p.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the teacher (default: 3)")
+    p.add_argument("--adversarial", type=between(0), default=0.03, help="weight of the adversary (default: 0.03)")
+    p.add_argument("--distillation", type=between(0), default=1.0, help="weight of the distillation term (default: 1)")
+    p.add_argument("--r1", type=between(0), default=0.0, help="weight of the smoothness term (default: 0)")
+    p.add_argument("--cfg", type=between(0), default=3.0, help="guidance scale of the teacher (default: 3)")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
-    p.add_argument("--level", type=float, default=-2.5,
+    p.add_argument("--level", type=between(-20, 20), default=-2.5,
                    help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
     p.add_argument("--discriminator", type=Path, help="the trained discriminator, written if --adversarial is not 0")
     p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
@@ -160,9 +160,12 @@ def main(argv=None):
     if not (args.adversarial or args.distillation):
         fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
-    teacher, _ = load_dit(args.teacher, device, "dit")
+    teacher, teacher_checkpoint = load_dit(args.teacher, device, "dit")
     start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
-    data = Latents(args.latents)
+    with reading(args.latents):
+        data = Latents(args.latents)
+    for path, made in (args.teacher, teacher_checkpoint), (args.pruned, checkpoint):
+        check_settings(path, made["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
                  "pruned": fingerprint(start.parameters())}
     then = command("sample.py", args.run, args.preset, "--prompt", data.captions[0])
@@ -214,7 +217,7 @@ def main(argv=None):
 
     last = {k: sum(v[-20:]) / len(v[-20:]) for k, v in loop.history.items()}
     metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
-                   **last, seconds=loop.seconds)
+                   **last)
     if args.adversarial:  # no later stage needs it; sample.py --report shows what it says
         save(args.discriminator, stage="discriminator", config=dict(
             dit=start.config, frozen_blocks=args.frozen_blocks, learned_blocks=args.learned_blocks),
@@ -225,4 +228,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

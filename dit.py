@@ -41,8 +41,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae import PRESETS as VAE_PRESETS
-from vae import (Loop, Optimizer, RMSNorm, check_size, command, count, dims, fail, finish, load, load_vae, parse,
-                 parser, positive, progress, save, set_up, stop_if_done, training_flags, write_aside)
+from vae import (Loop, Optimizer, RMSNorm, between, check_size, command, count, dims, fail, finish, load, load_vae,
+                 parse, parser, positive, progress, reading, save, script, set_up, stop_if_done, training_flags,
+                 write_aside)
 
 PRESETS = {
     "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=900, batch_size=32, lr=0.04,
@@ -66,12 +67,18 @@ def words(caption):
 
 
 def tokenize(captions, vocabulary, length):
-    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named and left out."""
+    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named and left out; a
+    caption of nothing else is refused, since it would give the clip of no caption."""
     index = {word: i for i, word in enumerate(vocabulary)}
     unknown = sorted({w for c in captions for w in words(c)} - set(index))
     if unknown:
         print(f"warning: not in the training captions, so left out: {', '.join(unknown)[:200]}", file=sys.stderr)
-    rows = [[index[w] for w in words(c) if w in index][:length] for c in captions]
+    rows = [[index[w] for w in words(c) if w in index] for c in captions]
+    if not all(rows):
+        fail(f"no word of '{captions[rows.index([])][:200]}' is known; known are: {', '.join(list(index)[1:20])}, ...")
+    if (longest := max(map(len, rows))) > length:
+        print(f"warning: captions of up to {longest} words are cut to the first {length}", file=sys.stderr)
+    rows = [row[:length] for row in rows]
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
 
@@ -344,8 +351,9 @@ def logit_normal(g, mean=0.0):
 def load_dit(path, device, *stages):
     """-> the model in eval mode, and its checkpoint."""
     checkpoint = load(path, *stages)
-    dit = DiT(**checkpoint["config"])
-    dit.load_state_dict(checkpoint["model"])
+    with reading(path):
+        dit = DiT(**checkpoint["config"])
+        dit.load_state_dict(checkpoint["model"])
     return dit.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -358,6 +366,9 @@ def context(checkpoint):
 @torch.no_grad()
 def decode(vae, context, x0, precision, batch=32):
     """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. context: a checkpoint, or Latents.context."""
+    if x0.shape[1] != vae.config["latent_channels"]:
+        fail(f"the clips have {x0.shape[1]} latent channels, the autoencoder {vae.config['latent_channels']}: "
+             "they come from different runs")
     mean, std = (context[k].view(-1, 1, 1, 1).to(x0.device) for k in ("latent_mean", "latent_std"))
     with precision():
         return torch.cat([vae.decode(z * std + mean).float().clamp(-1, 1).cpu()
@@ -484,7 +495,7 @@ def main(argv=None):
     p.add_argument("--heads", type=positive, help="attention heads a block")
     p.add_argument("--head-dim", type=positive, help="channels of a head")
     p.add_argument("--ffn", type=positive, help="hidden channels of the FFN")
-    p.add_argument("--cfg-dropout", type=float, default=0.1, help="share of captions left empty (default: 0.1)")
+    p.add_argument("--cfg-dropout", type=between(0, 1), default=0.1, help="share of captions left empty (default: 0.1)")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the trained DiT")
     p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
@@ -499,12 +510,16 @@ def main(argv=None):
     settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
                                               "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
-    data = Latents(args.latents)
+    with reading(args.latents):
+        data = Latents(args.latents)
     settings["latents"] = data.fingerprint
     then = command("prune.py", args.run, args.preset)
     stop_if_done([args.out], settings, then)
     if args.head_dim % 2:
         fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
+    if args.width % 4 or args.width < 8:
+        fail(f"--width {args.width}: half of it embeds the time in pairs, so it must be a multiple of 4, such as "
+             f"{max(8, round(args.width / 4) * 4)}")
 
     torch.manual_seed(args.seed)
     dit = DiT(data.latents.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
@@ -526,12 +541,11 @@ def main(argv=None):
         samples.show(step + 1, lambda noises, tokens: sample_euler(
             ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
-    metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]),
-                   seconds=loop.seconds)
+    metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]))
     save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics, settings=settings,
          history=loop.history, **data.context())
     finish(args, "dit", metrics, then, loop)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -42,7 +42,7 @@ from dit import PRESETS as DIT_SIZES
 from prune import PRESETS as PRUNED_SIZES
 from sample import PRESETS, load_vae
 from vae import PRESETS as VAE_SIZES
-from vae import VAE, dims, fail, parse, parser, positive, record
+from vae import VAE, dims, fail, parse, parser, positive, record, script
 
 try:
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of every part that only a Mac has
@@ -516,4 +516,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -32,8 +32,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler,
                  sample_flags)
 from vae import PRESETS as VAE_PRESETS
-from vae import (WORLD, Draws, Loop, Optimizer, average, command, count, dims, fail, fingerprint, finish, parse, parser,
-                 positive, progress, save, set_up, stop_if_done, training_flags, write_aside)
+from vae import (WORLD, Draws, Loop, Optimizer, average, check_settings, command, count, dims, fail,
+                 fingerprint, finish, parse, parser, positive, progress, reading, save, script, set_up, stop_if_done,
+                 training_flags, write_aside)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
     "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
@@ -232,7 +233,9 @@ def main(argv=None):
                                               "steps", "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
-    data = Latents(args.latents)
+    with reading(args.latents):
+        data = Latents(args.latents)
+    check_settings(args.dit, checkpoint["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
     then = command("distill.py", args.run, args.preset)
     stop_if_done([args.out], settings, then)
@@ -291,8 +294,7 @@ def main(argv=None):
             ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
     metrics = dict(params=count(dense), params_ratio=count(dense) / count(teacher), blocks=dense.config["depth"],
-                   heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference,
-                   seconds=loop.seconds + recovery.seconds)
+                   heads=dense.config["heads"], ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference)
     save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=final, scores=scores,
          metrics=metrics)
     picture = mask_map({name: m.cpu() for name, m in final.items()})
@@ -304,4 +306,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 from distill import load_discriminator, sample_student
 from dit import Latents, add_noise, decode, gif, load_dit, sample_euler, text_input, words
 from prune import BOLD, END, FULL, HOLLOW, label, mask_map, rect, svg
-from vae import (COLORS, DIRECTIONS, SHAPES, command, count, fail, load, load_vae, maker, open_data, parse, parser,
-                 positive, progress, record, set_up, shape_coverage, write_aside)
+from vae import (COLORS, DIRECTIONS, SHAPES, between, command, count, fail, load, load_vae, maker, open_data, parse,
+                 parser, positive, progress, read_metrics, reading, record, script, set_up, shape_coverage, write_aside)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # a checkpoint, and its name in pictures
@@ -196,7 +196,9 @@ def share(values):
 
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones."""
-    data, vae = Latents(args.latents), load_vae(args.vae, device)
+    with reading(args.latents):
+        data = Latents(args.latents)
+    vae = load_vae(args.vae, device)
     on_shapes = data.file["config"]["data"] == "shapes"
     seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
     held = data.file["held_out_captions"]
@@ -406,12 +408,13 @@ def opinions(args, data, models, device):
 def report(args, device, precision):
     """report.html, one file that needs no other, and the README's pictures: compare.gif, path.png, pipeline.svg. What
     the run does not have is left out with a word."""
-    data, vae, models = Latents(args.latents), load_vae(args.vae, device), [*models_of(args, device, precision)]
+    with reading(args.latents):
+        data = Latents(args.latents)
+    vae, models = load_vae(args.vae, device), [*models_of(args, device, precision)]
     held, captions = data.file["held_out_captions"], sorted(set(data.captions))
     captions = list(dict.fromkeys(captions[37 * i % len(captions)] for i in range(4)))  # of each kind something
     captions += held[::max(1, len(held) // 2)][:2]
-    few, path = [m for m in models if m.stage != "pruned"], args.run / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.exists() else {}
+    few, metrics = [m for m in models if m.stage != "pruned"], read_metrics(args.run)
     scores = metrics.get("score", {})
 
     def show(x0):
@@ -470,7 +473,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, help="an mp4, a gif, or a png with all frames")
     p.add_argument("--steps", type=positive, help="sampling steps; --score and --report leave a student its own "
                    "(default: a student's own, 40 for the others)")
-    p.add_argument("--cfg", type=float, default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
+    p.add_argument("--cfg", type=between(0), default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
     p.add_argument("--fps", type=positive, default=8, help="frames a second of what is written (default: 8)")
     p.add_argument("--score", action="store_true", help="score every checkpoint of the run, into RUN/metrics.json")
     p.add_argument("--clips", type=positive, default=96, help="clips a checkpoint that --score makes (default: 96)")
@@ -506,4 +509,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

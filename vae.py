@@ -24,13 +24,16 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -135,19 +138,26 @@ class Folder:
         self.size, self.stride, self.videos = (frames, height, width), stride, []
         span = (frames - 1) * stride + 1
         windows, names, embeddings = {"train": [], "test": []}, [], {}
-        for path in progress(sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md")),
-                             "reading clips"):
+        paths = sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md"))
+        for path in progress(paths, "reading clips"):
             try:
-                caption = path.with_suffix(".txt").read_text(encoding="utf-8").split()
-                if not caption:
-                    raise ValueError("its caption is empty")
+                text, embedding = path.with_suffix(".txt"), path.with_suffix(".npy")
+                if not (path.is_file() and text.is_file()):  # a pipe would keep us waiting
+                    raise ValueError(f"a clip is a file with its caption beside it in {text.name}")
+                caption = text.read_text(encoding="utf-8-sig").split()
+                if not 0 < (n := len(re.findall(r"\w+", " ".join(caption)))) <= 512:
+                    raise ValueError(f"a caption of {n} words: it takes 1 to 512")
                 video = np.stack([self.fit(f, height, width) for f in iio.imiter(path, plugin="pyav", format="rgb24")])
                 if len(video) < 2 * span:
                     raise ValueError(f"{len(video)} frames: two windows of {span} are the least")
-                if path.with_suffix(".npy").exists():
-                    embeddings[" ".join(caption)] = torch.from_numpy(np.load(path.with_suffix(".npy"))).float()
+                if embedding.exists():  # mapped, since a header may claim more than the memory holds
+                    array = np.lib.format.open_memmap(embedding, "r").astype(np.float32)
+                    if not np.isfinite(array).all():
+                        raise ValueError(f"{embedding.name} holds numbers that are not finite")
+                    embeddings[" ".join(caption)] = torch.from_numpy(array)
             except Exception as error:  # PyAV raises dozens of kinds; a clip that cannot be used is skipped by name
-                print(f"skipped {path.name}: {first_line(error)}", file=sys.stderr)
+                why = "" if isinstance(error, ValueError) else "no video that FFmpeg can read: "
+                print(f"skipped {path.name}: {why}{first_line(error.__cause__ or error)}", file=sys.stderr)
                 continue
             held = max(span, len(video) // 10)
             first = (len(video) - held) // 2 if len(video) >= 3 * span else len(video) - held  # of the held-out frames
@@ -158,11 +168,15 @@ class Folder:
                     windows["test"].append((len(self.videos), s))
             self.videos.append(torch.from_numpy(video))
             names.append(" ".join(caption))
+        if skipped := len(paths) - len(self.videos):
+            print(f"{skipped} of {len(paths)} files skipped", file=sys.stderr)
         if not self.videos:
             fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 and frog.txt")
         shapes = {tuple(e.shape) for e in embeddings.values()}
-        if embeddings and (set(embeddings) != set(names) or len(shapes) > 1 or len(min(shapes)) != 2):
-            fail("the .npy embeddings must all have one shape [tokens, dim], and every clip needs one")
+        fits = len(shapes) == 1 and len(min(shapes)) == 2 and 0 not in min(shapes) and set(embeddings) == set(names)
+        if embeddings and not fits:
+            fail("the .npy embeddings must all have one shape [tokens, dim], and every clip needs one: of "
+                 f"{len(set(names))} captions {len(embeddings)} have one, of shapes {sorted(shapes)[:5]}")
         for split, most in ("train", clips), ("test", TEST_CLIPS):  # evenly thinned to what was asked for
             keep = np.linspace(0, len(windows[split]) - 1, min(most, len(windows[split]))).round().astype(int)
             windows[split] = [windows[split][i] for i in keep]
@@ -175,6 +189,8 @@ class Folder:
     @staticmethod
     def fit(frame, height, width):
         """[h, w, 3] uint8 -> [3, height, width] uint8: resized to cover, then centre-cropped."""
+        if frame.shape[0] * frame.shape[1] > 2 ** 26:
+            raise ValueError(f"frames of {frame.shape[1]}x{frame.shape[0]} pixels: 67 million are the most")
         x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
         scale = max(height / x.shape[2], width / x.shape[3])
         size = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
@@ -352,8 +368,9 @@ def psnr(vae, clips, precision):
 
 def load_vae(path, device):
     checkpoint = load(path, "vae")
-    vae = VAE(**checkpoint["config"])
-    vae.load_state_dict(checkpoint["model"])
+    with reading(path):
+        vae = VAE(**checkpoint["config"])
+        vae.load_state_dict(checkpoint["model"])
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -371,7 +388,7 @@ def main(argv=None):
     p.add_argument("--latent-channels", type=positive, help="channels of a latent")
     p.add_argument("--width", type=positive, help="channels of the first stage")
     p.add_argument("--blocks", type=positive, help="residual blocks a stage")
-    p.add_argument("--kl", type=float, help="weight of the KL divergence")
+    p.add_argument("--kl", type=between(0), help="weight of the KL divergence")
     p.add_argument("--out", type=Path, help="the trained autoencoder")
     p.add_argument("--latents", type=Path, help="the data set's latents")
     training_flags(p)
@@ -380,9 +397,9 @@ def main(argv=None):
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
                                               "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
     then = command("dit.py", args.run, args.preset)
+    device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, then)
 
-    device, precision = set_up(args)
     data = open_data(args.data, args.size, args.clips, args.stride, args.seed)
 
     torch.manual_seed(args.seed)
@@ -409,8 +426,7 @@ def main(argv=None):
 
     vae = ema.module.eval()
     metrics = dict(psnr_db=psnr(vae, (data.clip([i]).to(device) for i in progress(data.test, "testing")), precision),
-                   params=count(vae), compression=list(args.ratio), latent_channels=args.latent_channels,
-                   seconds=loop.seconds)
+                   params=count(vae), compression=list(args.ratio), latent_channels=args.latent_channels)
     save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics, settings=settings,
          history=loop.history)
 
@@ -454,10 +470,30 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD
 FIRST = RANK == 0  # the one process that writes, and talks
 
 
+def script(main):
+    """Runs a script's main. What the person or the machine can cause anywhere ends in a sentence, not in a traceback:
+    Ctrl-C outside a Loop, a file system that says no, too little memory."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped: no file is half-written, and the same command begins again or goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        fail(str(error))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        fail(f"too little memory ({first_line(error)}): take a smaller --batch-size, --size or --preset")
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or "tried to allocate" in str(error).lower()
+
+
 def fail(message):
-    """One line for the person at the keyboard, exit status 2."""
+    """One line for the person at the keyboard, whatever a file's name holds; exit status 2."""
     if FIRST:
-        print(f"error: {message}", file=sys.stderr)
+        print("error: " + "".join(c if c.isprintable() else "?" for c in message)[:1000], file=sys.stderr)
     sys.exit(2)
 
 
@@ -479,16 +515,22 @@ def dims(text):
     """'9x32x32' -> (9, 32, 32)."""
     try:
         t, h, w = (int(n) for n in text.split("x"))
-        assert min(t, h, w) > 0
+        assert 0 < min(t, h, w) <= max(t, h, w) < 2 ** 16
     except (ValueError, AssertionError):
         raise argparse.ArgumentTypeError(f"{text} is not time x height x width, such as 9x32x32") from None
     return t, h, w
 
 
-def positive(text):
-    if not int(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
+def between(low, high=2 ** 31, kind=float):
+    """An argparse type: a number in [low, high]; not a number is in no range."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+    return number
+
+
+positive = between(1, kind=int)
 
 
 def parser(doc, presets, computes=True):
@@ -498,7 +540,7 @@ def parser(doc, presets, computes=True):
                         "one preset for all stages of a run (default: tiny)")
     p.add_argument("--run", type=Path, metavar="DIR",
                    help="folder that files are read from and written to (default: runs/PRESET)")
-    p.add_argument("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    p.add_argument("--seed", type=between(0, kind=int), default=0, help="all randomness follows from it (default: 0)")
     if not computes:
         return p
     p.add_argument("--device", default="auto",
@@ -511,12 +553,12 @@ def parser(doc, presets, computes=True):
 def training_flags(p, steps="optimiser steps"):
     p.add_argument("--steps", type=positive, help=steps)
     p.add_argument("--batch-size", type=positive, help="clips a step")
-    p.add_argument("--lr", type=float, help="peak learning rate; --optimizer adamw wants about 0.001 at preset tiny")
+    p.add_argument("--lr", type=between(1e-12), help="peak learning rate; --optimizer adamw wants about 0.001 at tiny")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
     p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
     p.add_argument("--recompute", action="store_true",
                    help="activation checkpointing: a fraction of the memory for about a third more time")
-    p.add_argument("--save-every", type=float, default=60, help="seconds between saves of the run (default: 60)")
+    p.add_argument("--save-every", type=between(0), default=60, help="seconds between saves of the run (default: 60)")
 
 
 def parse(p, presets, argv, **files):
@@ -558,8 +600,8 @@ def set_up(args):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the device `meta` has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"--device {name} cannot be used here: {first_line(error)}")
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -703,10 +745,13 @@ def write_aside(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError):  # torch's own words for a full disk hide the system's
+            error = error.__context__ or error
+        fail(f"cannot write {path}: {first_line(error)}; what was there before is untouched")
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-        fail(f"cannot write {path}: {first_line(error)}; what was there before is untouched")
 
 
 def save(path, **checkpoint):
@@ -741,16 +786,38 @@ def progress(items, what):
         print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def reading(path):
+    """A damaged file raises nearly anything; here that becomes one line and exit status 2."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot read {path}: {error}")
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        fail(f"{path} is damaged, or not of this program ({type(error).__name__}): put back a copy, or delete it and "
+             "make it again")
+
+
+class Checkpoint(dict):
+    def __missing__(self, key):
+        fail(f"{self.path} has no {key}: it is of another program or another version, make it again")
+
+
 def load(path, *stages):
-    """Reads a checkpoint of one of these stages, never running code from it; otherwise one line and exit status 2."""
+    """Reads a checkpoint of one of these stages, never running code from it; otherwise one line and exit status 2.
+    Checks every byte first, at about 5 GB/s: torch compares no checksums, and would take flipped bits for weights."""
     path = Path(path)
     if not path.is_file():
-        fail(f"{path} is not there: `{maker(path, stages[0])}` makes it")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        fail(f"{path} is a folder" if path.is_dir() else
+             f"{path} is not there: `{maker(path, stages[0])}` makes it")
+    with reading(path), zipfile.ZipFile(path) as archive:
+        if sum(file.file_size for file in archive.infolist()) > path.stat().st_size or archive.testzip():
+            raise ValueError("a checksum is wrong, or something is compressed: torch.save does not")
+        checkpoint = Checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        checkpoint.path = path
         stage = checkpoint["stage"]
-    except Exception as error:  # a damaged zip or pickle raises nearly anything
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and make it again")
     if stage not in stages:
         fail(f"{path} holds a {stage} checkpoint where {' or '.join(stages)} is needed")
     return checkpoint
@@ -758,13 +825,35 @@ def load(path, *stages):
 
 def stop_if_done(paths, settings, then):
     """Leaves if all of `paths` were made with these settings, refuses if one was with others: nothing is overwritten
-    unasked."""
-    there = [path for path in paths if path.exists()]
-    for path in there:
-        check_settings(path, load(path, *COMMANDS)["settings"], settings)
-    if there == paths:
+    unasked. Refuses as well if another run is at work on them."""
+    for folder in {path.resolve().parent for path in paths}:
+        lock(folder)
+    there = {path: load(path, *COMMANDS) for path in paths if path.exists()}
+    for path, old in there.items():
+        check_settings(path, old["settings"], settings)
+    # If the resume file is still there, `finish` was cut short: its last thing is to delete that.
+    if len(there) == len(paths) and not resume_path(paths[0], COMMANDS[there[paths[0]]["stage"]][:-3]).exists():
         print(f"{paths[0]} is done; next: {then}")
         sys.exit(0)
+
+
+LOCKS = {}
+
+
+def lock(folder):
+    """Refuses a second process that trains in a folder. The lock is on the folder itself: it leaves no file, and dies
+    with the process. Of the processes of one torchrun the first takes it for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder in LOCKS or os.environ.get("RANK", "0") != "0":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[folder] = handle
+    except BlockingIOError:
+        fail(f"another run is at work in {folder}: let it end, or take another --run")
+    except OSError as error:  # some network file systems
+        print(f"warning: {folder} cannot be locked ({error}): start no second run in it", file=sys.stderr)
 
 
 def fingerprint(tensors):
@@ -782,6 +871,10 @@ def check_settings(path, old, new):
                  "take another --run, delete the file, or ask for the same")
 
 
+def resume_path(out, stage):
+    return out.with_suffix(f".{stage}.resume")
+
+
 class Loop:
     """The steps that a training run still has to do, each with its batch: draw(Draws) -> tensors, on `device`. What is
     drawn follows from (stage, seed, step) alone, so a resumed run repeats an unbroken one bit by bit. Saves every
@@ -791,19 +884,27 @@ class Loop:
     def __init__(self, stage, args, settings, steps, device, draw, **state):
         self.stage, self.args, self.settings, self.steps, self.state = stage, args, settings, steps, state
         self.device, self.draw = device, draw
-        self.path = args.out.with_suffix(f".{stage}.resume")
+        self.path, self.saved = resume_path(args.out, stage), None
         self.step, self.seconds, self.history, self.told, self.stop = 0, 0.0, {}, 0, 0
         if WORLD > args.batch_size:
             fail(f"--batch-size {args.batch_size} is too small for {WORLD} processes: a clip each is the least")
         if self.path.exists():
             saved = load(self.path, "resume")
             check_settings(self.path, saved["settings"], settings)
-            for name, part in state.items():
-                part.load_state_dict(saved[name])
-            self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+            with reading(self.path):
+                for name, part in state.items():
+                    part.load_state_dict(saved[name])
+                self.step, self.seconds = saved["step"], saved["seconds"]
+                # interned like the names in the code: pickle writes equal strings once only if they are one object
+                self.history = {sys.intern(k): v for k, v in saved["history"].items()}
+            self.saved = self.step
             print(f"{self.path}: going on from step {self.step}")
 
     def save(self):
+        modules = (part for part in self.state.values() if isinstance(part, nn.Module))
+        if not all(p.isfinite().all() for module in modules for p in module.parameters()):
+            self.diverged("a weight is not finite")
+        self.saved = self.step
         save(self.path, stage="resume", settings=self.settings, step=self.step, seconds=self.seconds,
              history=self.history, **{name: part.state_dict() for name, part in self.state.items()})
 
@@ -864,13 +965,22 @@ class Loop:
         self.stop = told.item()
         for name, value in zip(values, packed.tolist()):
             if not math.isfinite(value):
-                fail(f"{name} is {value} at step {self.step}: the last save is "
-                     f"{self.path if self.path.exists() else 'not made yet'}; delete it and try a smaller --lr")
+                self.diverged(f"{name} is {value}")
             self.history.setdefault(name, []).append(value)
+
+    def diverged(self, what):
+        """A save of an earlier step is good: the loss there was finite. One of this very step is what went wrong."""
+        if self.saved == self.step:
+            self.path.unlink(missing_ok=True)
+            self.saved = None
+        last = f"the last good save is {self.path}, of step {self.saved}" if self.saved else "no earlier save is left"
+        fail(f"{what} at step {self.step}: {last}; try a smaller --lr in another --run")
 
 
 def finish(args, stage, metrics, then, *loops):
-    """After the results are saved: the metrics file, a sentence, and the resume files go."""
+    """After the results are saved: the metrics file with the seconds, which no checkpoint holds, so that the same seed
+    gives the same files; a sentence; and the resume files go, the last loop's last."""
+    metrics = {**metrics, "seconds": sum(loop.seconds for loop in loops)}
     record(args.run, stage, metrics)
     for loop in loops if FIRST else ():
         loop.path.unlink(missing_ok=True)
@@ -878,13 +988,17 @@ def finish(args, stage, metrics, then, *loops):
     print(f"{args.out}: {told}; next: {then}")
 
 
+def read_metrics(run):
+    path = Path(run) / "metrics.json"
+    with reading(path):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
 def record(run, stage, metrics):
     """Sets one stage's object in metrics.json and leaves the others."""
-    path = Path(run) / "metrics.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[stage] = metrics
-    write_aside(path, lambda f: f.write(json.dumps(everything, indent=2).encode() + b"\n"))
+    everything = {**read_metrics(run), stage: metrics}
+    write_aside(Path(run) / "metrics.json", lambda f: f.write(json.dumps(everything, indent=2).encode() + b"\n"))
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
