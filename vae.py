@@ -415,7 +415,8 @@ def main(argv=None):
 
     (t, h, w), (rt, rs, _) = args.size, args.ratio
     z_shape = args.latent_channels, 1 + (t - 1) // rt, h // rs, w // rs
-    loop = Loop("vae", args, settings, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
+    clips = {"captions": zlib.crc32("\n".join(data.captions).encode())}  # a folder may have changed meanwhile
+    loop = Loop("vae", args, settings | clips, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
                 draw=lambda g: (data.clip(g.randint(len(data.train)).tolist()), g.randn(*z_shape)))
     for _, (x, noise) in loop:
         with precision():

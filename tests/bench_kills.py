@@ -27,7 +27,7 @@ import vae  # noqa: E402
 from conftest import MICRO, train  # noqa: E402
 
 OUTPUTS = {"vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["masks.pt", "pruned.pt"],
-           "distill": ["student.pt"]}
+           "distill": ["student.pt", "discriminator.pt"]}
 
 
 def start(stage, run, steps, die_at=None):

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
 import wave
 import zipfile
@@ -223,6 +224,15 @@ def test_a_file_that_is_no_checkpoint(micro_run, tmp_path, kind, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.pt").write_bytes(NO_CHECKPOINT[kind])
     refused(capsys, "sample", ["--run", micro_run, "--model", "bad.pt", *needs("sample")], "bad.pt", tmp_path)
+
+
+def test_what_is_compressed_is_not_unpacked(tmp_path, monkeypatch, capsys):
+    """torch.save compresses nothing: a small file that claims to hold much is refused before it takes memory."""
+    (tmp_path / "bomb.pt").write_bytes(NO_CHECKPOINT["zip bomb"])
+    assert (tmp_path / "bomb.pt").stat().st_size < 20_000
+    for unpack in (zipfile.ZipFile, "testzip"), (torch, "load"):
+        monkeypatch.setattr(*unpack, lambda *_, **__: pytest.fail("unpacked"))
+    refused(capsys, "sample", ["--model", tmp_path / "bomb.pt", "--prompt", "red"], "damaged", tmp_path)
 
 
 class Evil:
@@ -497,6 +507,18 @@ def test_embeddings_of_different_shapes(tmp_path, kind, capsys):
 FOLDERS = {"nothing": {}, "captions alone": {"a.txt": b"a clip"}, "notes": {"README.md": b"# clips"},
            "a clip without a caption": {"a.mp4": b""},
            "broken clips": {"a.mp4": b"", "a.txt": b"x", "b.gif": b"", "b.txt": b"x"}}
+
+
+def test_a_folder_that_changed_while_the_run_was_stopped(tmp_path, capsys, monkeypatch):
+    clips = folder_of_clips(tmp_path)
+    monkeypatch.setattr(vae, "psnr", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert train_on(clips, tmp_path / "run")[0] == 130
+    monkeypatch.undo()
+    shutil.copy(clips / "good.mp4", clips / "more.mp4")
+    (clips / "more.txt").write_text("a clip that came later")
+    assert train_on(clips, tmp_path / "run")[0] == 2 and "was made with captions" in capsys.readouterr().err
+    (clips / "more.txt").unlink()
+    assert train_on(clips, tmp_path / "run") == (0, {"a good clip"})
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
