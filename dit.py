@@ -437,7 +437,7 @@ def cost(config, latent_shape, recompute=False):
     with torch.device("meta"):
         dit, x0, t = DiT(**config).bfloat16(), torch.empty(1, *latent_shape).bfloat16(), torch.empty(1).bfloat16()
         text = (1, config["text_tokens"])
-        tokens = torch.empty(*text, config["text_dim"]).bfloat16() if config["text_dim"] else torch.empty(text).long()
+        tokens = torch.empty(*text, config["text_dim"]).bfloat16() if config.get("text_dim") else torch.empty(text).long()
     dit.recompute, kept = recompute, {}
     weights = {p.untyped_storage()._cdata for p in dit.parameters()}
 

@@ -147,7 +147,7 @@ def main():
     if args.what == "ratios":
         with precision(), torch.no_grad():
             dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        with torch.no_grad():
+        with torch.no_grad(), precision():
             ratios(device, dtype, args.rounds)
     else:
         {"curves": curves, "steps": steps}[args.what](device, precision, args.rounds)
