@@ -436,8 +436,8 @@ def cost(config, latent_shape, recompute=False):
     the optimiser), activation_bytes (kept for the backward pass), in bfloat16."""
     with torch.device("meta"):
         dit, x0, t = DiT(**config).bfloat16(), torch.empty(1, *latent_shape).bfloat16(), torch.empty(1).bfloat16()
-        text = (1, config["text_tokens"])
-        tokens = torch.empty(*text, config["text_dim"]).bfloat16() if config.get("text_dim") else torch.empty(text).long()
+        words, channels = config["text_tokens"], config.get("text_dim")
+        tokens = torch.empty(1, words, channels).bfloat16() if channels else torch.empty(1, words).long()
     dit.recompute, kept = recompute, {}
     weights = {p.untyped_storage()._cdata for p in dit.parameters()}
 
@@ -445,7 +445,7 @@ def cost(config, latent_shape, recompute=False):
         kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
-    with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+    with torch.enable_grad(), FlopCounterMode(display=False) as flops, Traffic() as traffic:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = flow_loss(dit, x0, tokens, torch.empty_like(x0), t)
         forward = flops.get_total_flops()
