@@ -4,7 +4,7 @@
     python tests/bench_cost.py curves     # training step against tokens and parameters, memory against the data set
     python tests/bench_cost.py steps      # training steps: width 512 in both precisions, preset tiny
 
-Seconds are medians after a warm-up. Shares are of this machine's own rate for a 4096x4096 matrix product.
+Seconds are medians after a warm-up (of `ratios` on a CPU the two large ones are a single run). Shares are of this machine's own rate for a 4096x4096 matrix product.
 """
 import argparse
 import math
@@ -26,15 +26,15 @@ from vae import Optimizer, save, set_up  # noqa: E402
 PAPER_MS = {"4x16x16": 7900, "8x32x32": 380, "8x64x64": 90}  # a DiT step on the paper's phone
 
 
-def seconds(run, device, rounds):
+def seconds(run, device, rounds, warm_up=1):
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return median(times[warm_up:])
 
 
 def matmul_rate(device, dtype, n=4096):
@@ -54,7 +54,8 @@ def ratios(device, dtype, rounds):
         shape = config["latent_channels"], 1 + 48 // rt, 384 // rs, 512 // rs
         x_t, t = torch.randn(1, *shape, device=device, dtype=dtype), torch.ones(1, device=device, dtype=dtype)
         text = torch.randn(1, config["text_tokens"], config["width"], device=device, dtype=dtype)
-        measured[ratio] = seconds(lambda: dit(x_t, t, text), device, rounds if math.prod(shape[1:]) < 5000 else 1)  # noqa: B023
+        times = (rounds, 1) if device.type == "cuda" or math.prod(shape[1:]) < 5000 else (1, 0)  # minutes, on a CPU
+        measured[ratio] = seconds(lambda: dit(x_t, t, text), device, *times)  # noqa: B023
         flops = cost(config, shape)["forward_flops"]
         print(f"{ratio}: {math.prod(shape[1:])} tokens, {flops / 1e12:6.2f} TFLOP, {measured[ratio]:7.2f} s, "
               f"{flops / measured[ratio] / 1e9:.0f} GFLOP/s, {flops / measured[ratio] / rate:.0%} of it", flush=True)
