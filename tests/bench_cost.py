@@ -4,7 +4,8 @@
     python tests/bench_cost.py curves     # training step against tokens and parameters, memory against the data set
     python tests/bench_cost.py steps      # training steps: width 512 in both precisions, preset tiny
 
-Seconds are medians after a warm-up (of `ratios` on a CPU the two large ones are a single run). Shares are of this machine's own rate for a 4096x4096 matrix product.
+Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single run). Shares are of this
+machine's own rate for a 4096x4096 matrix product.
 """
 import argparse
 import math
