@@ -2,14 +2,14 @@
 
     python tests/bench_cost.py ratios     # one evaluation of the mobile DiT at 49x384x512, for four VAE ratios
     python tests/bench_cost.py curves     # training step against tokens and parameters, memory against the data set
+    python tests/bench_cost.py memory     # the last of these alone
     python tests/bench_cost.py steps      # training steps: width 512 in both precisions, preset tiny
 
-Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single run). Shares are of this
-machine's own rate for a 4096x4096 matrix product.
+Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single run). Shares are of
+this machine's own rate for a 4096x4096 matrix product.
 """
 import argparse
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -105,16 +105,23 @@ def curves(device, precision, rounds):
     for n, s in zip(params, times):
         print(f"{n / 1e6:5.1f} M parameters: {s:.3f} s a step of {math.prod(shape[1:])} tokens")
     print(f"time grows as parameters^{slope(params, times):.2f} (predicted 1)")
-    for clips in (1000, 4000, 16000):  # a child each, so that its peak memory is its own
+    memory()
+
+
+def memory():
+    """Peak memory of a short training on data sets of several sizes, each in a process of its own (Linux)."""
+    for clips in 1000, 4000, 16000:
         with tempfile.TemporaryDirectory() as run:
             zeros = torch.zeros(clips, 16, 7, 12, 16, dtype=torch.float16)
             save(Path(run) / "latents.pt", stage="latents", latents=zeros, fingerprint=0, mean=torch.zeros(16),
                  std=torch.ones(16), train_clips=clips, captions=["a clip"] * clips, held_out_captions=[],
                  embeddings=None, config={}, settings={}, metrics={})
-            subprocess.run([sys.executable, Path(__file__).parent.parent / "dit.py", "--run", run, "--steps", "20",
-                            "--batch-size", "4", "--width", "64", "--depth", "2"], check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            print(f"{clips:6} clips, latents.pt {zeros.nbytes / 1e6:.0f} MB: training took {after / 1e3:.0f} MB")
+            flags = ["--run", run, "--steps", "20", "--batch-size", "4", "--width", "64", "--depth", "2"]
+            code = f"import dit; dit.main({flags}); print(open('/proc/self/status').read())"
+            said = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, text=True,
+                                  capture_output=True).stdout
+            print(f"{clips:6} clips, latents.pt {zeros.nbytes / 1e6:.0f} MB: in training at most "
+                  + ", ".join(" ".join(line.split()) for line in said.splitlines() if line.startswith("VmHWM")))
 
 
 def steps(device, precision, rounds):
@@ -139,7 +146,7 @@ def steps(device, precision, rounds):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["ratios", "curves", "steps"])
+    p.add_argument("what", choices=["ratios", "curves", "steps", "memory"])
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=5)
@@ -151,6 +158,8 @@ def main():
             dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
         with torch.no_grad(), precision():
             ratios(device, dtype, args.rounds)
+    elif args.what == "memory":
+        memory()
     else:
         {"curves": curves, "steps": steps}[args.what](device, precision, args.rounds)
 
