@@ -479,10 +479,10 @@ def script(main):
     except KeyboardInterrupt:
         print("\nstopped: no file is half-written, and the same command begins again or goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except OSError as error:
-        fail(str(error))
     except Exception as error:
-        if not out_of_memory(error):
+        if isinstance(error, OSError) and FIRST:
+            fail(str(error))
+        if not (out_of_memory(error) and FIRST):  # what other processes say is not heard, but a traceback is
             raise
         fail(f"too little memory ({first_line(error)}): take a smaller --batch-size, --size or --preset")
 
