@@ -541,7 +541,8 @@ def main(argv=None):
         samples.show(step + 1, lambda noises, tokens: sample_euler(
             ema.module, noises[0], tokens, torch.zeros_like(tokens), 20, 3.0))
 
-    metrics = dict(params=count(dit), loss=sum(loop.history["loss"][-50:]) / len(loop.history["loss"][-50:]))
+    last = {k: sum(v[-50:]) / max(1, len(v[-50:])) for k, v in loop.history.items()}
+    metrics = dict(params=count(dit), **last)
     save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics, settings=settings,
          history=loop.history, **data.context())
     finish(args, "dit", metrics, then, loop)

@@ -1,4 +1,6 @@
 """A micro run of the whole chain, made once through the scripts' own command lines; the tests read its files."""
+import signal
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ import prune
 import vae
 
 torch.manual_seed(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to Ctrl-C
 MICRO = {  # stage -> (its main, flags that make it tiny)
     "vae": (vae.main, "--size 5x16x16 --width 16 --latent-channels 8 --clips 96 --steps 6 --batch-size 4"),
     "dit": (dit.main, "--width 32 --depth 3 --heads 4 --head-dim 16 --ffn 64 --steps 6 --batch-size 8"),
