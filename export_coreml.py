@@ -391,6 +391,8 @@ def compare(manifest, call, modules, tokens, noises, reference):
         start = time.perf_counter()
         try:
             results = call(name, inputs)
+            if not all(x.isfinite().all() for x in results.values()):
+                raise FloatingPointError("it gives what is not a number")
         except (NotImplementedError, FloatingPointError) as error:
             fail(f"{name} is not proven: {error}")
         seconds[name].append(time.perf_counter() - start)
