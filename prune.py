@@ -17,7 +17,7 @@ Our reading: first-order Taylor sensitivity, straight-through gradients, a cubic
 and channels for all blocks (so that one config describes the model), and the same weight for the three losses.
 
     python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, masks.svg, pruned.pt
-    python prune.py --levels heads --criterion random --kd none --out runs/tiny/heads.pt --masks runs/tiny/heads-masks
+    python prune.py --levels heads --kd none --out runs/tiny/heads.pt --masks runs/tiny/heads-masks.pt
 """
 import copy
 from html import escape
@@ -238,7 +238,7 @@ def main(argv=None):
     check_settings(args.dit, checkpoint["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
     then = command("distill.py", args.run, args.preset)
-    stop_if_done([args.out], settings, then)
+    stop_if_done([args.out, args.masks], settings, then)
     for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
             "ffn", teacher.config["ffn"]):
         if not 0 < getattr(args, level) <= have:

@@ -70,7 +70,7 @@ HOLD = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_E
 @pytest.mark.parametrize("stage", MICRO)
 def test_the_lock_of_a_killed_run_is_gone_and_only_the_first_process_of_a_torchrun_takes_one(
         stage, micro_run, tmp_path, capsys, monkeypatch):
-    for name in "vae.pt", "latents.pt", "dit.pt", "pruned.pt", "student.pt", "discriminator.pt":
+    for name in "vae.pt", "latents.pt", "dit.pt", "masks.pt", "pruned.pt", "student.pt", "discriminator.pt":
         shutil.copy(micro_run / name, tmp_path / name)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -81,6 +81,18 @@ def test_the_lock_of_a_killed_run_is_gone_and_only_the_first_process_of_a_torchr
     holder.kill()
     holder.wait()
     assert status_of(train, stage, tmp_path) == 0 and "is done" in capsys.readouterr().out
+
+
+def test_masks_of_other_settings_are_not_overwritten_by_a_run_with_another_out(micro_run, tmp_path, capsys):
+    for name in "latents.pt", "dit.pt", "masks.pt":
+        shutil.copy(micro_run / name, tmp_path / name)
+    other = ["--out", str(tmp_path / "other.pt"), "--criterion", "random"]
+    assert status_of(train, "prune", tmp_path, *other) == 2
+    error = capsys.readouterr().err
+    assert "masks.pt was made with criterion = learned, not random" in error and error.count("\n") == 1
+    assert (tmp_path / "masks.pt").read_bytes() == (micro_run / "masks.pt").read_bytes()
+    train("prune", tmp_path, *other, "--masks", str(tmp_path / "other-masks.pt"))
+    assert {"other.pt", "other-masks.pt", "other-masks.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("room", [0, 100, 5000, 100_000])
