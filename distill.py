@@ -17,11 +17,13 @@ the teacher's CFG trajectory from the same x_t; optionally a smoothness term on 
     python distill.py                   # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt, discriminator.pt
     python distill.py --adversarial 0   # the distillation term alone
 """
+import argparse
 import copy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -30,15 +32,15 @@ from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_veloci
 from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
                  parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
 
-PRESETS = {
-    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=75, batch_size=32, lr=0.02,
-                 optimizer="muon"),
+PRESETS = {  # the discriminator learns faster than the student, and starts before it: else it is simply outrun
+    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=100, batch_size=32, lr=0.02,
+                 discriminator_lr=0.02, discriminator_ahead=10, optimizer="muon"),
     "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
-                optimizer="muon"),
+                discriminator_lr=0.01, discriminator_ahead=100, optimizer="muon"),
     "mobile": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   optimizer="adamw"),
+                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw"),
     "server": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   optimizer="adamw"),
+                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw"),
 }
 
 # ---------------------------------------------------------------------------------------------------- the generator
@@ -88,26 +90,42 @@ def teacher_endpoint(teacher, x_t, t, tokens, cfg, steps):
 # ------------------------------------------------------------------------------------------------ the discriminator
 
 
-class Discriminator(nn.Module):
-    """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind."""
+class Convolution(nn.Module):
+    """A 3x3x3 convolution over the grid of tokens, in the place of a learnable block: what earlier designs use."""
 
-    def __init__(self, dit, frozen_blocks, learned_blocks):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.conv = RMSNorm(width), nn.Conv3d(width, width, 3, padding=1)
+
+    def forward(self, x, size):
+        grid = rearrange(self.norm(x), "b (t h w) c -> b c t h w", **dict(zip("thw", size)))
+        return x + rearrange(F.silu(self.conv(grid)), "b c t h w -> b (t h w) c")
+
+
+class Discriminator(nn.Module):
+    """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind.
+
+    Other designs to compare with: no learnable block leaves a linear head a token; head "convolution"; K = 0 learns
+    all blocks from scratch; without time conditioning the parser is told that every level is 0."""
+
+    def __init__(self, dit, frozen_blocks, learned_blocks, head="attention", time_conditioning=True):
         super().__init__()
         c = dit.config
-        if not 0 < frozen_blocks <= c["depth"]:
+        if not 0 <= frozen_blocks <= c["depth"]:
             raise ValueError(f"{frozen_blocks} frozen blocks: the generator has {c['depth']}")
+        self.time_conditioning = time_conditioning
         self.parser = copy.deepcopy(dit).requires_grad_(False)
         self.parser.blocks = self.parser.blocks[:frozen_blocks]
-        self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"])
-                                    for _ in range(learned_blocks))
+        self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"]) if head == "attention" else
+                                    Convolution(c["width"]) for _ in range(learned_blocks))
         self.norm, self.out = RMSNorm(c["width"]), nn.Linear(c["width"], 1)
 
     def forward(self, x_s, s, tokens):
         """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; tokens: captions. -> scores [b], above 0: real."""
         text = self.parser.text_encoder(tokens)
-        x, modulation, rope, _ = self.parser.prepare(x_s, s)
+        x, modulation, rope, _ = self.parser.prepare(x_s, s * self.time_conditioning)
         for block in [*self.parser.blocks, *self.blocks]:
-            x = block(x, modulation, text, rope)
+            x = block(x, x_s.shape[2:]) if isinstance(block, Convolution) else block(x, modulation, text, rope)
         return self.out(self.norm(x)).squeeze(-1).mean(dim=1).float()
 
 
@@ -127,7 +145,7 @@ def load_discriminator(path, device):
     """-> the trained discriminator, and the settings of its training."""
     checkpoint = load(path, "discriminator")
     config = checkpoint["config"]
-    discriminator = Discriminator(DiT(**config["dit"]), config["frozen_blocks"], config["learned_blocks"])
+    discriminator = Discriminator(DiT(**config.pop("dit")), **config)
     discriminator.load_state_dict(checkpoint["model"])
     return discriminator.to(device).eval().requires_grad_(False), checkpoint["settings"]
 
@@ -136,8 +154,18 @@ def main(argv=None):
     p = parser(__doc__, PRESETS)
     p.add_argument("--sampling-steps", type=positive, default=4,
                    help="steps that the student learns to sample in (default: 4)")
-    p.add_argument("--frozen-blocks", type=positive, help="K, blocks of the generator that the discriminator inherits")
-    p.add_argument("--learned-blocks", type=positive, help="blocks that the discriminator learns on top")
+    p.add_argument("--frozen-blocks", type=between(0, kind=int),
+                   help="K, blocks of the generator that the discriminator inherits")
+    p.add_argument("--learned-blocks", type=between(0, kind=int),
+                   help="blocks that the discriminator learns on top; 0: one linear layer")
+    p.add_argument("--head", default="attention", choices=["attention", "convolution"],
+                   help="what those blocks are: the paper's attention to all tokens and the text, or convolutions "
+                        "(default: attention)")
+    p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
+                   help="tell the discriminator the noise level (default: yes)")
+    p.add_argument("--discriminator-lr", type=between(1e-12), help="the discriminator's own peak learning rate")
+    p.add_argument("--discriminator-ahead", type=between(0, kind=int),
+                   help="steps that the discriminator learns before the student hears it")
     p.add_argument("--adversarial", type=between(0), default=0.03, help="weight of the adversary (default: 0.03)")
     p.add_argument("--distillation", type=between(0), default=1.0, help="weight of the distillation term (default: 1)")
     p.add_argument("--r1", type=between(0), default=0.0, help="weight of the smoothness term (default: 0)")
@@ -155,8 +183,9 @@ def main(argv=None):
     args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", vae="vae.pt",
                  discriminator="discriminator.pt", out="student.pt")
     settings = {k: getattr(args, k) for k in (
-        "sampling_steps", "frozen_blocks", "learned_blocks", "adversarial", "distillation", "r1", "cfg",
-        "teacher_steps", "level", "steps", "batch_size", "lr", "optimizer", "seed")}
+        "sampling_steps", "frozen_blocks", "learned_blocks", "head", "time_conditioning", "discriminator_lr",
+        "discriminator_ahead", "adversarial", "distillation", "r1", "cfg", "teacher_steps", "level", "steps",
+        "batch_size", "lr", "optimizer", "seed")}
     if not (args.adversarial or args.distillation):
         fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
@@ -174,12 +203,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
     student.recompute = args.recompute
+    design = {k: getattr(args, k) for k in ("frozen_blocks", "learned_blocks", "head", "time_conditioning")}
     try:
-        discriminator = Discriminator(start, args.frozen_blocks, args.learned_blocks).to(device)
+        discriminator = Discriminator(start, **design).to(device)
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95 if args.preset == "tiny" else 0.999))
-    optimizer, d_optimizer = Optimizer(student, args, args.steps), Optimizer(discriminator, args, args.steps)
+    optimizer = Optimizer(student, args, args.steps)
+    d_optimizer = Optimizer(discriminator, args, args.steps, args.discriminator_lr)
     predict = torch.compile(predict_x0) if args.compile else predict_x0
     times, shape = student_times(args.sampling_steps), data.latents.shape[1:]
 
@@ -209,7 +240,8 @@ def main(argv=None):
             with precision():
                 values["generator"] = -discriminator(add_noise(fake, s_noise, s), s, tokens).mean()
             values |= {"hinge": d_loss, "told_right": told}
-            loss = loss + args.adversarial * values["generator"]
+            heard = step >= args.discriminator_ahead
+            loss = loss + heard * args.adversarial * values["generator"]
         optimizer.step(loss)
         ema.update_parameters(student)
         loop.log(**{name: value.item() for name, value in values.items()})
@@ -219,9 +251,8 @@ def main(argv=None):
     metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
                    **last)
     if args.adversarial:  # no later stage needs it; sample.py --report shows what it says
-        save(args.discriminator, stage="discriminator", config=dict(
-            dit=start.config, frozen_blocks=args.frozen_blocks, learned_blocks=args.learned_blocks),
-            model=discriminator.state_dict(), metrics=metrics, settings=settings)
+        save(args.discriminator, stage="discriminator", config=dict(dit=start.config, **design),
+             model=discriminator.state_dict(), metrics=metrics, settings=settings)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
          settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
     finish(args, "distill", metrics, then, loop)

@@ -663,15 +663,15 @@ class Optimizer:
     layers with AdamW for all else, which gets further in the few steps of a laptop. A step clips the gradient, updates,
     and moves the learning rate: up in 30 steps, then down to zero along a cosine."""
 
-    def __init__(self, model, args, steps):
-        matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
+    def __init__(self, model, args, steps, lr=None):
+        lr, matrices = lr or args.lr, {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
         matrices = matrices if args.optimizer == "muon" else set()
         trained, self.batch = [p for p in model.parameters() if p.requires_grad], args.batch_size
         muon, rest = ([p for p in trained if (id(p) in matrices) == yes] for yes in (True, False))
         self.parameters, self.parts = trained, []
         if muon:
-            self.parts.append(Muon(muon, args.lr))
-        self.parts.append(torch.optim.AdamW(rest, args.lr / 20 if muon else args.lr, betas=(0.9, 0.99), fused=True))
+            self.parts.append(Muon(muon, lr))
+        self.parts.append(torch.optim.AdamW(rest, lr / 20 if muon else lr, betas=(0.9, 0.99), fused=True))
         warmup = max(1, min(30, steps // 10))
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(
             part, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / steps))))

@@ -1,7 +1,9 @@
 import copy
+import shutil
 
 import pytest
 import torch
+from conftest import train
 
 import distill
 import dit
@@ -37,6 +39,41 @@ def test_the_discriminator_is_conditioned_on_time_and_text(micro_dit):
     assert scores.shape == (3,)
     assert not torch.allclose(scores, d(x, s * 3, tokens))
     assert not torch.allclose(scores, d(x, s, tokens.flip(1)))
+
+
+@pytest.mark.parametrize("design", [dict(frozen_blocks=2, learned_blocks=0), dict(frozen_blocks=0, learned_blocks=2),
+                                    dict(frozen_blocks=2, learned_blocks=1, head="convolution")])
+def test_other_designs_learn_only_what_they_say_and_tell_real_from_generated(micro_dit, design):
+    real, tokens, noise = inputs(8)
+    fake, s, d = real * 0.2, torch.full((8,), 0.08), distill.Discriminator(micro_dit, **design)
+    assert not [name for name, p in d.parser.named_parameters() if p.requires_grad]
+    attends = any("attention" in name for name, p in d.named_parameters() if p.requires_grad)
+    assert attends == (design["frozen_blocks"] == 0) and len(d.parser.blocks) == design["frozen_blocks"]
+    optimizer = vae.Optimizer(d, type("Args", (), dict(optimizer="adamw", lr=1e-2, batch_size=3)), 60)
+    for _ in range(60):
+        loss, told = distill.discriminator_loss(d, real, fake, s, noise, tokens)
+        optimizer.step(loss)
+    assert told > 0.85
+
+
+def test_without_time_conditioning_every_level_looks_the_same(micro_dit):
+    x, tokens, _ = inputs()
+    d, s = distill.Discriminator(micro_dit, 2, 1, time_conditioning=False), torch.full((3,), 0.1)
+    assert torch.equal(d(x, s, tokens), d(x, s * 3, tokens))
+
+
+def test_the_student_does_not_hear_a_discriminator_that_is_still_ahead(micro_run, tmp_path):
+    """Four steps, the discriminator ahead all the time: the student is that of the distillation term alone."""
+    students = []
+    for i, flags in enumerate((["--discriminator-ahead", "4"], ["--adversarial", "0"], ["--discriminator-ahead", "3"])):
+        for file in "latents.pt", "dit.pt", "pruned.pt":
+            (tmp_path / str(i)).mkdir(exist_ok=True)
+            shutil.copy(micro_run / file, tmp_path / str(i))
+        train("distill", tmp_path / str(i), *flags)
+        students.append(vae.load(tmp_path / str(i) / "student.pt", "student")["model"])
+    ahead, alone, heard = students
+    assert all(torch.equal(ahead[k], alone[k]) for k in ahead)
+    assert not all(torch.equal(heard[k], alone[k]) for k in ahead)
 
 
 def test_a_discriminator_learns_to_tell_real_from_generated(micro_dit):
