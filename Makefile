@@ -1,15 +1,18 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
 # make test                                the tests
+# make table-prune                         a table of the paper at toy scale, three seeds; table-vae, table-disc,
+#                                          table-steps and table-speed as well; SEEDS=1 for a first look
 # make pictures                            the README's pictures into docs/, by what `make demo` trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
 DATA ?= shapes
 RUN ?= runs/tiny
+SEEDS ?= 3
 PY = .venv/bin/python
 
-.PHONY: demo test pictures clean
+.PHONY: demo test pictures clean table-vae table-prune table-disc table-steps table-speed
 
 demo: .venv/ready
 	$(PY) vae.py --run "$(RUN)" --data "$(DATA)"
@@ -30,6 +33,9 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+table-vae table-prune table-disc table-steps table-speed: .venv/ready
+	$(PY) tests/tables.py $(@:table-%=%) --seeds $(SEEDS)
 
 pictures: demo
 	mkdir -p docs && cd "$(RUN)" && cp compare.gif path.png masks.svg pipeline.svg "$(CURDIR)/docs/"

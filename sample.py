@@ -29,10 +29,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from distill import load_discriminator, sample_student
-from dit import Latents, add_noise, decode, gif, load_dit, sample_euler, text_input, words
+from dit import (Latents, add_noise, decode, flow_loss, gif, load_dit, logit_normal, sample_euler, text_input,
+                 words)
 from prune import BOLD, END, FULL, HOLLOW, label, mask_map, rect, svg
-from vae import (COLORS, DIRECTIONS, SHAPES, between, command, count, fail, load, load_vae, maker, open_data, parse,
-                 parser, positive, progress, read_metrics, reading, record, script, set_up, shape_coverage, write_aside)
+from vae import (COLORS, DIRECTIONS, SHAPES, Draws, between, command, count, fail, load, load_vae, maker, open_data,
+                 parse, parser, positive, progress, read_metrics, reading, record, script, set_up, shape_coverage,
+                 write_aside)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # a checkpoint, and its name in pictures
@@ -190,6 +192,21 @@ def judge(captions, clips, x0, data):
     return [{"nearest training clip": (found == asked, found)} for found, asked in zip(nearest, captions)]
 
 
+@torch.no_grad()
+def test_loss(dit, data, device, precision, batch=64):
+    """The flow-matching loss on clips that no stage trained on, with noise and levels that are always the same: what
+    tells two teachers, or two pruned models, apart that make clips equally right."""
+    losses = []
+    for i in progress(range(0, len(data.test), batch), "testing"):
+        picked, g = data.test[i:i + batch], Draws(f"test {i}", len(data.test[i:i + batch]))
+        x0, noise, t = data.x0(picked), g.randn(*data.latents.shape[1:]), logit_normal(g)
+        tokens = text_input(data.context(), [data.test_captions[j - len(data.train)] for j in picked])
+        with precision():
+            loss = flow_loss(dit, *(x.to(device) for x in (x0, tokens, noise, t)))
+        losses += [loss.item()] * len(picked)
+    return float(np.mean(losses))
+
+
 def share(values):
     return float(np.mean([bool(v) for v in values]))
 
@@ -214,6 +231,8 @@ def score(args, device, precision):
         if on_shapes:
             result |= {aspect: share(t[aspect][0] for t in told[:len(seen)]) for aspect in told[0]}
             result["held_out_alignment"] = share(right[len(seen):])
+        if not model.student and len(data.test):  # a student jumps; it has no flow
+            result["test_loss"] = test_loss(model.dit, data, device, precision)
         scores[model.stage] = dict(**result, **motion_scores(clips, on_shapes),
                                    frechet=frechet(fixed_features(clips), real), clips=len(seen),
                                    params=count(model.dit), evaluations=model.evaluations, seconds_per_clip=seconds)

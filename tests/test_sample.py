@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dit
 import sample
 import vae
 
@@ -79,3 +80,13 @@ def test_prompts_become_videos_and_contact_sheets(micro_run, tmp_path, suffix):
 def test_the_caption_is_written_on_the_picture():
     blank, written = (sample.cell(torch.zeros(3, 2, 8, 8), caption) for caption in ("", "a red circle"))
     assert blank.shape == written.shape and (written != blank).any()
+
+
+def test_the_loss_on_unseen_clips_ranks_models_and_is_always_drawn_the_same(micro_run):
+    data, device = dit.Latents(micro_run / "latents.pt"), torch.device("cpu")
+    model, _ = dit.load_dit(micro_run / "dit.pt", device, "dit")
+    loss = sample.test_loss(model, data, device, torch.no_grad)
+    assert loss == sample.test_loss(model, data, device, torch.no_grad)
+    for p in model.out.parameters():
+        p.neg_()
+    assert sample.test_loss(model, data, device, torch.no_grad) > loss
