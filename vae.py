@@ -32,6 +32,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -136,6 +137,7 @@ class Folder:
 
     def __init__(self, folder, frames, height, width, clips, stride):
         self.size, self.stride, self.videos = (frames, height, width), stride, []
+        pixels = tempfile.TemporaryFile()  # on disk and mapped, so that memory does not grow with the folder
         span = (frames - 1) * stride + 1
         windows, names, embeddings = {"train": [], "test": []}, [], {}
         paths = sorted(p for p in Path(folder).iterdir() if p.suffix not in (".txt", ".npy", ".md"))
@@ -166,7 +168,10 @@ class Folder:
                     windows["train"].append((len(self.videos), s))
                 elif s >= first and s + span <= first + held:
                     windows["test"].append((len(self.videos), s))
-            self.videos.append(torch.from_numpy(video))
+            np.save(pixels, video)
+            pixels.flush()
+            self.videos.append(torch.from_numpy(np.memmap(pixels, np.uint8, "r+", pixels.tell() - video.nbytes,
+                                                          video.shape)))
             names.append(" ".join(caption))
         if skipped := len(paths) - len(self.videos):
             print(f"{skipped} of {len(paths)} files skipped", file=sys.stderr)
