@@ -125,8 +125,9 @@ def run(folder, seed, commands, threads, inputs):
             file.write(command + "\n")
 
 
-def row(folder, seed, commands, threads, chain):
-    """-> the metrics of a row with one seed."""
+def row(folder, seed, commands, threads, chain, made):
+    """-> the metrics of a row with one seed; made: a future, done when the chain is."""
+    made.result()
     if isinstance(commands, list):  # its own data and autoencoder
         run(folder, seed, commands, threads, folder)
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -161,29 +162,25 @@ def main():
     seeds, out, threads = range(args.seeds), args.out.resolve(), str(max(1, os.cpu_count() // args.jobs))
     chains, pool = [out / "chain" / str(seed) for seed in seeds], ThreadPoolExecutor(args.jobs)
 
-    def together(tasks):
-        """Runs (function, *arguments), as many at a time as there are jobs; -> their results."""
-        futures = [pool.submit(*task) for task in tasks]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=args.table):
-            future.result()
-        return [future.result() for future in futures]
-
     try:
-        if args.table != "vae":
-            together((run, chains[seed], seed, CHAIN, threads, chains[seed]) for seed in seeds)
+        stages = CHAIN if args.table != "vae" else []
+        made = [pool.submit(run, chain, seed, stages, threads, chain) for seed, chain in zip(seeds, chains)]
         if args.table == "speed":  # its times are those of the whole machine: one at a time
-            for seed in seeds:
-                run(chains[seed], seed, [SCORE], str(os.cpu_count()), chains[seed])
+            [future.result() for future in made]
+            for seed, chain in zip(seeds, chains):
+                run(chain, seed, [SCORE], str(os.cpu_count()), chain)
             scores = [json.loads((chain / "metrics.json").read_text())["score"] for chain in chains]
-            results = [{"score": score[stage]} for stage in rows.values() for score in scores]
+            results = {name: [{"score": score[stage]} for score in scores] for name, stage in rows.items()}
         else:
             folders = {name: out / args.table / re.sub(r"\W+", "-", name).strip("-") for name in rows}
-            results = together((row, folders[name] / str(seed), seed, rows[name], threads, chains[seed])
-                               for name in rows for seed in seeds)
+            futures = {(name, seed): pool.submit(row, folders[name] / str(seed), seed, rows[name], threads,
+                                                 chains[seed], made[seed]) for seed in seeds for name in rows}
+            for future in tqdm(as_completed(futures.values()), desc=args.table, total=len(futures)):
+                future.result()
+            results = {name: [futures[name, seed].result() for seed in seeds] for name in rows}
     except (KeyboardInterrupt, RuntimeError) as error:
         pool.shutdown(cancel_futures=True)
         sys.exit(f"{error or 'stopped'}; the same command goes on from here")
-    results = dict(zip(rows, zip(*[iter(results)] * args.seeds)))  # as many in a row as there are seeds
     lines = [["", *(title for title, *_ in titles)], ["---"] * (len(titles) + 1)]
     lines += [[name, *(cell(seeds, *where) for _, *where in titles)] for name, seeds in results.items()]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
