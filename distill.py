@@ -11,11 +11,13 @@ attention and cross-attention to the text. Result: 4 steps without classifier-fr
                                                     (never trained)     3D attention,        -> mean: real or not
                                                                         cross-attention
 Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the same low level s
-before they are judged; x0 is noised again between sampling steps; a distillation term pulls x0 towards the end of
-the teacher's CFG trajectory from the same x_t; optionally a smoothness term on the discriminator (approximate R1).
+before they are judged; the discriminator learns some steps before the student hears it, which would outrun it; x0 is
+noised again between sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG trajectory from the
+same x_t; optionally a smoothness term on the discriminator (approximate R1).
 
     python distill.py                   # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt, discriminator.pt
     python distill.py --adversarial 0   # the distillation term alone
+    python distill.py --distillation 0 --adversarial 1 --lr 0.001 --discriminator-ahead 20     # the adversary alone
 """
 import argparse
 import copy
@@ -32,7 +34,7 @@ from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_veloci
 from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
                  parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
 
-PRESETS = {  # the discriminator learns faster than the student, and starts before it: else it is simply outrun
+PRESETS = {
     "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=100, batch_size=32, lr=0.02,
                  discriminator_lr=0.02, discriminator_ahead=10, optimizer="muon"),
     "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
