@@ -11,9 +11,9 @@ attention and cross-attention to the text. Result: 4 steps without classifier-fr
                                                     (never trained)     3D attention,        -> mean: real or not
                                                                         cross-attention
 Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the same low level s
-before they are judged; the discriminator learns some steps before the student hears it, which would outrun it; x0 is
-noised again between sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG trajectory from the
-same x_t; optionally a smoothness term on the discriminator (approximate R1).
+before they are judged; the discriminator gets a head start, or the student outruns it; x0 is noised again between
+sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG trajectory from the same x_t;
+optionally a smoothness term on the discriminator (approximate R1).
 
     python distill.py                   # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt, discriminator.pt
     python distill.py --adversarial 0   # the distillation term alone
