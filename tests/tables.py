@@ -9,6 +9,7 @@ one core: on two, that gets a third more done than one row after the other on bo
 or the GPU."""
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -20,6 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from prune import END, label, rect, svg  # noqa: E402
+
 SCORE = "sample.py --score"
 PRUNE = "prune.py --mask-steps 50 --steps 80"  # a quarter of the preset's recovery, after all of which rows look alike
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
@@ -151,6 +155,27 @@ def cell(results, stages, key, factor, decimals):
     return f"{statistics.mean(values):.{decimals}f}{f' ± {spread:.{decimals}f}' if spread else ''}" if values else ""
 
 
+def against_evaluations(results):
+    """An SVG: what share of the clips is all right against how many network evaluations a clip takes, on a log axis."""
+    lines = {"student": "#4c8bf5", "teacher, CFG": "#e0823d", "teacher, no CFG": "#808890"}
+    parts = [label(0, 12, "clips that are all right, %"), label(360, 192, "evaluations a clip", END)]
+    parts += [label(22, 164 - 1.4 * y, y, END) + rect(28, 160 - 1.4 * y, 330, 0.5, 'opacity=".4"')
+              for y in (0, 25, 50, 75, 100)]
+    parts += [label(30 + 46 * i, 178, 2 ** i) for i in range(7)]
+    for i, (line, color) in enumerate(lines.items()):
+        points = []
+        for name, seeds in results.items():
+            if re.sub(r"\W*\d+ steps?\W*", ", ", name).strip("*, ") == line:
+                scores = [result["score"] for result in seeds]
+                x, y = (statistics.mean(score[key] for score in scores) for key in ("evaluations", "text_alignment"))
+                points.append((30 + 46 * math.log2(x), 160 - 140 * y))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" stroke="none"/>' for x, y in points)
+        parts.append(f'<g fill="{color}">{dots}{label(240, 116 + 15 * i, line)}</g>'
+                     f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+    return svg(196, *parts)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("table", choices=TABLES)
@@ -185,6 +210,8 @@ def main():
     lines += [[name, *(cell(seeds, *where) for _, *where in titles)] for name, seeds in results.items()]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (out / f"{args.table}.md").write_text(table)
+    if args.table == "steps":
+        (out / "steps.svg").write_text(against_evaluations(results))
     print(table)
 
 

@@ -38,3 +38,11 @@ def test_a_cell_is_the_mean_and_the_spread_over_seeds():
     results = [{"score": {"color": x}} for x in (0.9, 1.0)]
     assert tables.cell(results, ("prune", "score"), "color", 100, 1) == "95.0 ± 7.1"
     assert tables.cell(results, ("score",), "shape", 100, 1) == ""
+
+
+def test_the_picture_has_a_point_for_each_row_of_its_lines():
+    rows = tables.TABLES["steps"][1]
+    results = {name: [{"score": {"evaluations": 4, "text_alignment": 0.5}}] for name in rows}
+    on_a_line = [name for name in rows if "trained" not in name]
+    assert tables.against_evaluations(results).count("<circle") == len(on_a_line) == 12
+    assert tables.against_evaluations(results).count('cx="122.0" cy="90.0"') == 12  # 2 of 6 doublings, half the height
