@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler,
                  sample_flags)
 from vae import PRESETS as VAE_PRESETS
-from vae import (WORLD, Draws, Loop, Optimizer, average, check_settings, command, count, dims, fail,
+from vae import (WORLD, Draws, Loop, Optimizer, average, between, check_settings, command, count, dims, fail,
                  fingerprint, finish, parse, parser, positive, progress, reading, save, script, set_up, stop_if_done,
                  training_flags, write_aside)
 
@@ -209,6 +209,7 @@ def main(argv=None):
     p.add_argument("--kd", default="output,features", help="what is to be like the teacher's: its velocity (output), "
                    "its tokens after each block that stays (features), both, or none (default: both)")
     p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
+    p.add_argument("--mask-lr", type=between(0), default=0.02, help="learning rate of the mask logits (default: 0.02)")
     p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--masks", type=Path, help="the masks, written; a picture of them goes beside")
@@ -230,7 +231,7 @@ def main(argv=None):
         print(f"pruned: {after / before:.1%} of the parameters")
         return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
-                                              "steps", "batch_size", "lr", "optimizer", "seed")}
+                                              "mask_lr", "steps", "batch_size", "lr", "optimizer", "seed")}
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
     with reading(args.latents):
@@ -256,7 +257,7 @@ def main(argv=None):
     student.recompute = args.recompute
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
     optimizer = Optimizer(student, args, args.mask_steps)
-    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=0.02 * (args.criterion == "learned"), momentum=0.9)
+    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=args.mask_lr * (args.criterion == "learned"), momentum=0.9)
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student, masks=masks,
                 optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:

@@ -67,6 +67,7 @@ TABLES = {
          "heads 5, FFN 384": f"{PRUNE} --heads 5 --ffn 384 --levels heads,ffn",
          "blocks 6, heads 6, FFN 440": f"{PRUNE} --blocks 6 --heads 6 --ffn 440",
          "**5 / 5 / 384: learned masks, both KD**": PRUNE,
+         "the same, masks a tenth as fast": f"{PRUNE} --mask-lr 0.002",
          "the largest sensitivity": f"{PRUNE} --criterion taylor",
          "the largest weights": f"{PRUNE} --criterion magnitude",
          "chance": f"{PRUNE} --criterion random",
