@@ -15,7 +15,7 @@ before they are judged; the discriminator gets a head start, or the student outr
 sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG trajectory from the same x_t;
 optionally a smoothness term on the discriminator (approximate R1).
 
-    python distill.py                   # runs/tiny/pruned.pt, dit.pt -> runs/tiny/student.pt, discriminator.pt
+    python distill.py                   # runs/tiny/pruned.pt, dit.pt, latents.pt -> student.pt, discriminator.pt
     python distill.py --adversarial 0   # the distillation term alone
     python distill.py --distillation 0 --adversarial 1 --lr 0.001 --discriminator-ahead 20     # the adversary alone
 """
@@ -108,7 +108,7 @@ class Discriminator(nn.Module):
     """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind.
 
     Other designs to compare with: no learnable block leaves a linear head a token; head "convolution"; K = 0 learns
-    all blocks from scratch; without time conditioning the parser is told that every level is 0."""
+    all blocks from scratch (embeddings of words, tokens and time stay inherited); without time conditioning the parser is told that every level is 0."""
 
     def __init__(self, dit, frozen_blocks, learned_blocks, head="attention", time_conditioning=True):
         super().__init__()
@@ -118,6 +118,7 @@ class Discriminator(nn.Module):
         self.time_conditioning = time_conditioning
         self.parser = copy.deepcopy(dit).requires_grad_(False)
         self.parser.blocks = self.parser.blocks[:frozen_blocks]
+        del self.parser.norm, self.parser.final_modulation, self.parser.out  # what only a velocity needs
         self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"]) if head == "attention" else
                                     Convolution(c["width"]) for _ in range(learned_blocks))
         self.norm, self.out = RMSNorm(c["width"]), nn.Linear(c["width"], 1)
@@ -199,7 +200,7 @@ def main(argv=None):
         check_settings(path, made["settings"], {"latents": data.fingerprint})
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
                  "pruned": fingerprint(start.parameters())}
-    then = command("sample.py", args.run, args.preset, "--prompt", data.captions[0])
+    then = command("sample.py", args.run, args.preset, "--score")
     stop_if_done([args.out] + [args.discriminator] * bool(args.adversarial), settings, then)
 
     torch.manual_seed(args.seed)

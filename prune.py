@@ -61,7 +61,7 @@ def sensitivity(dit, criterion, batches, seed=0, batch_size=WORLD):
     """One score a unit, in the masks' shapes; higher means keep. batches: a list of (x0, tokens, noise, t).
 
     taylor, and where learned masks start: |d loss / d mask|, the first-order estimate of what cutting the unit
-    costs, averaged over batches. magnitude: the norm of the weights that cutting removes. random: a baseline."""
+    costs, averaged over batches. magnitude: the norm of a unit's outgoing weights (a block's: all). random: chance."""
     masks = {name: m.to(batches[0][0].device) for name, m in full_masks(dit.config).items()}
     if criterion == "random":
         g = torch.Generator().manual_seed(seed)
@@ -209,7 +209,8 @@ def main(argv=None):
     p.add_argument("--kd", default="output,features", help="what is to be like the teacher's: its velocity (output), "
                    "its tokens after each block that stays (features), both, or none (default: both)")
     p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
-    p.add_argument("--mask-lr", type=between(0), default=0.02, help="learning rate of the mask logits (default: 0.02)")
+    p.add_argument("--mask-lr", type=between(0), default=0.002,
+                   help="learning rate of the mask logits, down to 0 with the budget (default: 0.002)")
     p.add_argument("--dit", type=Path, help="the teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--masks", type=Path, help="the masks, written; a picture of them goes beside")
@@ -257,11 +258,15 @@ def main(argv=None):
     student.recompute = args.recompute
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
     optimizer = Optimizer(student, args, args.mask_steps)
-    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=args.mask_lr * (args.criterion == "learned"), momentum=0.9)
+    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=args.mask_lr, momentum=0.9)
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student, masks=masks,
                 optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
-        now = masks(progress=min(1, step / (0.7 * args.mask_steps)))  # the last third at the budget
+        # Masks come to rest as the budget is reached, for the last third: the weights' rate falls as well, and for a
+        # unit that came back late they would have no time.
+        passed = min(1, step / (0.7 * args.mask_steps))
+        mask_optimizer.param_groups[0]["lr"] = args.mask_lr * (args.criterion == "learned") * (1 - passed)
+        now = masks(passed)
         kept = now["blocks"].nonzero().flatten().tolist()
         with precision():
             loss = loss_fn(student, teacher, batch, kd, now, kept)

@@ -67,7 +67,7 @@ TABLES = {
          "heads 5, FFN 384": f"{PRUNE} --heads 5 --ffn 384 --levels heads,ffn",
          "blocks 6, heads 6, FFN 440": f"{PRUNE} --blocks 6 --heads 6 --ffn 440",
          "**5 / 5 / 384: learned masks, both KD**": PRUNE,
-         "the same, masks a tenth as fast": f"{PRUNE} --mask-lr 0.002",
+         "the same, masks ten times as fast": f"{PRUNE} --mask-lr 0.02",
          "the largest sensitivity": f"{PRUNE} --criterion taylor",
          "the largest weights": f"{PRUNE} --criterion magnitude",
          "chance": f"{PRUNE} --criterion random",
@@ -145,13 +145,16 @@ def row(folder, seed, commands, threads, chain, made):
                 (folder / file).symlink_to(chain / file)
         run(folder, seed, [commands] * (not own) + [SCORE] * (not commands.startswith(SCORE)), threads, chain)
         metrics = json.loads((folder / "metrics.json").read_text())
-        metrics = {**(json.loads((chain / "metrics.json").read_text()) if own else {}), **metrics}
+        if own:
+            stage = Path(commands).stem
+            metrics[stage] = json.loads((chain / "metrics.json").read_text())[stage]
     return {**metrics, "score": metrics["score"].popitem()[1]}  # of the one checkpoint that this folder has
 
 
 def cell(results, stages, key, factor, decimals):
     """Mean and standard deviation over the seeds of what one of these stages has noted; empty if none has."""
-    values = [factor * result[stage][key] for result in results for stage in stages if key in result.get(stage, {})]
+    noted = [[result[stage][key] for stage in stages if key in result.get(stage, {})] for result in results]
+    values = [factor * values[0] for values in noted if values]
     spread = statistics.stdev(values) if len(values) > 1 else 0
     return f"{statistics.mean(values):.{decimals}f}{f' ± {spread:.{decimals}f}' if spread else ''}" if values else ""
 
@@ -206,7 +209,7 @@ def main():
             results = {name: [futures[name, seed].result() for seed in seeds] for name in rows}
     except (KeyboardInterrupt, RuntimeError) as error:
         pool.shutdown(cancel_futures=True)
-        sys.exit(f"{error or 'stopped'}; the same command goes on from here")
+        sys.exit(f"{str(error) or 'stopped'}; the same command goes on from here")
     lines = [["", *(title for title, *_ in titles)], ["---"] * (len(titles) + 1)]
     lines += [[name, *(cell(seeds, *where) for _, *where in titles)] for name, seeds in results.items()]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
