@@ -108,7 +108,8 @@ class Discriminator(nn.Module):
     """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind.
 
     Other designs to compare with: no learnable block leaves a linear head a token; head "convolution"; K = 0 learns
-    all blocks from scratch (embeddings of words, tokens and time stay inherited); without time conditioning the parser is told that every level is 0."""
+    all blocks from scratch (the embeddings of words, tokens and time stay inherited); without time conditioning the
+    parser is told that every level is 0."""
 
     def __init__(self, dit, frozen_blocks, learned_blocks, head="attention", time_conditioning=True):
         super().__init__()
@@ -166,7 +167,8 @@ def main(argv=None):
                         "(default: attention)")
     p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
                    help="tell the discriminator the noise level (default: yes)")
-    p.add_argument("--discriminator-lr", type=between(1e-12), help="the discriminator's own peak learning rate")
+    p.add_argument("--discriminator-lr", type=between(1e-12),
+                   help="peak learning rate of the discriminator, by the same --optimizer")
     p.add_argument("--discriminator-ahead", type=between(0, kind=int),
                    help="steps that the discriminator learns before the student hears it")
     p.add_argument("--adversarial", type=between(0), default=0.03, help="weight of the adversary (default: 0.03)")

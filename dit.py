@@ -457,12 +457,14 @@ def cost(config, latent_shape, recompute=False):
 
 def planned(preset, size=None):
     """-> the config of a preset's DiT and the latent shape of a clip (frames, height, width), before there is any data:
-    captions as 128 embeddings of 4096 channels, as of T5-XXL."""
+    captions of `shapes`, or for the paper's sizes 128 embeddings of 4096 channels, as of T5-XXL."""
     vae, own = VAE_PRESETS[preset], PRESETS[preset]
     size, ratio = size or dims(vae["size"]), dims(vae["ratio"])
     check_size(size, ratio)
     config = {k: own[k] for k in ("width", "depth", "heads", "head_dim", "ffn")}
-    config |= dict(latent_channels=vae["latent_channels"], vocabulary=0, text_tokens=128, text_dim=4096)
+    config |= (dict(vocabulary=17, text_tokens=5, text_dim=0) if preset in ("tiny", "toy") else
+               dict(vocabulary=0, text_tokens=128, text_dim=4096))
+    config["latent_channels"] = vae["latent_channels"]
     return config, (vae["latent_channels"], 1 + (size[0] - 1) // ratio[0], size[1] // ratio[1], size[2] // ratio[2])
 
 
@@ -503,6 +505,11 @@ def main(argv=None):
     training_flags(p)
     sample_flags(p)
     args = parse(p, PRESETS, argv, latents="latents.pt", vae="vae.pt", out="dit.pt")
+    if args.head_dim % 2:
+        fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
+    if args.width % 4 or args.width < 8:
+        fail(f"--width {args.width}: half of it embeds the time in pairs, so it must be a multiple of 4, such as "
+             f"{max(8, round(args.width / 4) * 4)}")
     if args.dry_run is not None:
         config, latent_shape = planned(args.preset, args.dry_run)
         dry_run(config | {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn")}, latent_shape)
@@ -515,12 +522,6 @@ def main(argv=None):
     settings["latents"] = data.fingerprint
     then = command("prune.py", args.run, args.preset)
     stop_if_done([args.out], settings, then)
-    if args.head_dim % 2:
-        fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
-    if args.width % 4 or args.width < 8:
-        fail(f"--width {args.width}: half of it embeds the time in pairs, so it must be a multiple of 4, such as "
-             f"{max(8, round(args.width / 4) * 4)}")
-
     torch.manual_seed(args.seed)
     dit = DiT(data.latents.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
               data.text_tokens, data.text_dim).to(device)

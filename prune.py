@@ -1,4 +1,4 @@
-"""KD-guided, sensitivity-aware tri-level pruning: the teacher, cut to less than half its size.
+"""KD-guided, sensitivity-aware tri-level pruning: the teacher, cut to about half its size.
 
 The idea (paper, tri-level pruning). A small DiT trained from scratch makes worse videos, so start from the large
 trained one and cut it at three levels: whole blocks, attention heads, channels of the FFN. Learnable binary masks
@@ -17,7 +17,7 @@ Our reading: first-order Taylor sensitivity, straight-through gradients, a cubic
 and channels for all blocks (so that one config describes the model), and the same weight for the three losses.
 
     python prune.py                                  # runs/tiny/dit.pt -> runs/tiny/masks.pt, masks.svg, pruned.pt
-    python prune.py --levels heads --kd none --out runs/tiny/heads.pt --masks runs/tiny/heads-masks.pt
+    python prune.py --run runs/x --levels heads      # in a folder with copies of runs/tiny/latents.pt and dit.pt
 """
 import copy
 from html import escape
@@ -46,6 +46,7 @@ PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 o
                    optimizer="adamw"),
 }
 LEVELS = {"blocks": ["blocks"], "heads": ["self_heads", "cross_heads"], "ffn": ["ffn"]}  # level -> its masks
+CONFIG = {"blocks": "depth", "heads": "heads", "ffn": "ffn"}  # level -> what counts its units in a DiT's config
 
 # -------------------------------------------------------------------------------------------------------- the masks
 
@@ -196,6 +197,18 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept=None):
     return loss
 
 
+def kept_units(args, levels, config):
+    """-> what changes in a teacher's config: how many units of each level stay, all where a level is not pruned."""
+    keep = {CONFIG[level]: getattr(args, level) if level in levels else config[CONFIG[level]] for level in LEVELS}
+    for level, name in CONFIG.items():
+        if not 0 < keep[name] <= config[name]:
+            fail(f"--{level} {keep[name]}: the teacher has {config[name]}, keep 1 to {config[name]}")
+    if all(keep[name] == config[name] for name in keep):
+        fail(f"nothing to cut: the teacher has just {' / '.join(map(str, keep.values()))} blocks / heads / FFN "
+             "channels; take a larger one, or smaller --blocks, --heads or --ffn")
+    return keep
+
+
 def main(argv=None):
     p = parser(__doc__, PRESETS)
     p.add_argument("--blocks", type=int, help="blocks to keep")
@@ -206,7 +219,7 @@ def main(argv=None):
     p.add_argument("--criterion", default="learned", choices=["learned", "taylor", "magnitude", "random"],
                    help="what decides which units stay: masks that learn, or the largest of a score that does not: "
                         "the change of the loss, the norm of the weights, chance (default: learned)")
-    p.add_argument("--kd", default="output,features", help="what is to be like the teacher's: its velocity (output), "
+    p.add_argument("--kd", default="both", help="what is to be like the teacher's: its velocity (output), "
                    "its tokens after each block that stays (features), both, or none (default: both)")
     p.add_argument("--mask-steps", type=positive, help="steps of learning the masks, before --steps of recovery")
     p.add_argument("--mask-lr", type=between(0), default=0.002,
@@ -224,11 +237,12 @@ def main(argv=None):
     kd = {"both": ["output", "features"], "none": []}.get(args.kd, args.kd.split(","))
     if unknown := (set(levels) - set(LEVELS)) | (set(kd) - {"output", "features"}):
         fail(f"{', '.join(sorted(unknown))}: --levels takes blocks, heads, ffn and --kd output, features, both, none")
+    args.levels, args.kd = ",".join(sorted(levels)), ",".join(sorted(kd, reverse=True))  # one name for one thing
     if args.dry_run is not None:  # what mobile is cut out of is server
         config, latent_shape = planned("server" if args.preset == "mobile" else args.preset, args.dry_run or dims(
             VAE_PRESETS[args.preset]["size"]))
-        before = dry_run(config, latent_shape)
-        after = dry_run(config | dict(depth=args.blocks, heads=args.heads, ffn=args.ffn), latent_shape)
+        pruned = config | kept_units(args, levels, config)
+        before, after = dry_run(config, latent_shape), dry_run(pruned, latent_shape)
         print(f"pruned: {after / before:.1%} of the parameters")
         return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
@@ -238,22 +252,17 @@ def main(argv=None):
     with reading(args.latents):
         data = Latents(args.latents)
     check_settings(args.dit, checkpoint["settings"], {"latents": data.fingerprint})
+    units = kept_units(args, levels, teacher.config)
     settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters())}
     then = command("distill.py", args.run, args.preset)
     stop_if_done([args.out, args.masks], settings, then)
-    for level, have in ("blocks", teacher.config["depth"]), ("heads", teacher.config["heads"]), (
-            "ffn", teacher.config["ffn"]):
-        if not 0 < getattr(args, level) <= have:
-            fail(f"--{level} {getattr(args, level)}: the teacher has {have}, keep 1 to {have}")
-
     # 1. sensitivity, 2. masks: learned together with the weights, under KD
     def draw(g):  # a tenth of the captions empty, since the small model is guided too
         return data.draw(g, empty_share=0.1)
 
     batches = [[x.to(device) for x in draw(Draws(f"sensitivity {args.seed} {i}", args.batch_size))] for i in range(8)]
     scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size)
-    keep = {name: getattr(args, level) if level in levels else scores[name].shape[-1]
-            for level, names in LEVELS.items() for name in names}
+    keep = {name: units[CONFIG[level]] for level, names in LEVELS.items() for name in names}
     student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
     student.recompute = args.recompute
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss

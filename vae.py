@@ -83,8 +83,8 @@ def shape_coverage(x, y, radius):
 class Shapes:
     """Rendered clips of one moving shape; the caption names colour, shape and direction, and nothing else.
 
-    Clip i is a fixed function of (seed, i). One combination in eight is held out of training, chosen so that every
-    pair (colour, shape), (shape, direction), (colour, direction) is still seen: scoring them shows composition."""
+    Clip i is a fixed function of (seed, clips, i). One combination in eight is held out of training, chosen so that
+    every pair (colour, shape), (shape, direction), (colour, direction) is still seen: scoring shows composition."""
 
     def __init__(self, frames, height, width, clips, seed):
         self.size = frames, height, width
@@ -132,8 +132,9 @@ class Shapes:
 
 class Folder:
     """Windows of real clips: whatever FFmpeg decodes, `name.mp4` with its caption in `name.txt`, centre-cropped and
-    resized. A tenth from the middle of each clip (one window at least) is never trained on. `name.npy`, [tokens, dim],
-    is an optional embedding of the caption by an encoder of your own. Unusable files are named and skipped."""
+    resized. A tenth from the middle of each clip (one window at least; the end of a short one) is never trained on.
+    `name.npy`, [tokens, dim], is an optional embedding of the caption by an encoder of your own. Unusable files are
+    named and skipped."""
 
     def __init__(self, folder, frames, height, width, clips, stride):
         self.size, self.stride, self.videos = (frames, height, width), stride, []
@@ -666,7 +667,7 @@ class Draws:
 class Optimizer:
     """AdamW as the paper states (`--optimizer adamw`), or Muon for the weight matrices of linear and convolution
     layers with AdamW for all else, which gets further in the few steps of a laptop. A step clips the gradient, updates,
-    and moves the learning rate: up in 30 steps, then down to zero along a cosine."""
+    and moves the learning rate: up in 30 steps (at most a tenth), then down to zero along a cosine."""
 
     def __init__(self, model, args, steps, lr=None):
         lr, matrices = lr or args.lr, {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
@@ -873,8 +874,10 @@ def fingerprint(tensors):
 def check_settings(path, old, new):
     for key in new:
         if old.get(key) != new[key]:
-            fail(f"{path} was made with {key} = {old.get(key)}, not {new[key]}: "
-                 "take another --run, delete the file, or ask for the same")
+            if key in ("latents", "teacher", "pruned"):  # fingerprints say nothing to a reader
+                fail(f"{path} was made from another {key} file than is there now: delete it to make it again")
+            fail(f"{path} was made with {key} = {old.get(key)}, not {new[key]}: ask for the same, delete the file, or "
+                 "copy what it is made from into another --run")
 
 
 def resume_path(out, stage):

@@ -77,11 +77,12 @@ WHOLE = {  # flags that take a whole number above 0
     "vae": "--steps --batch-size --stride --clips --latent-channels --width --blocks",
     "dit": "--steps --batch-size --width --depth --heads --head-dim --ffn",
     "prune": "--steps --batch-size --mask-steps",
-    "distill": "--steps --batch-size --sampling-steps --frozen-blocks --learned-blocks --teacher-steps",
+    "distill": "--steps --batch-size --sampling-steps --teacher-steps",
     "sample": "--steps --fps --clips"}
 REAL = {  # flags that take a number of at least 0
-    "vae": "--lr --kl --save-every", "dit": "--lr --cfg-dropout --save-every", "prune": "--lr --save-every",
-    "distill": "--lr --adversarial --distillation --r1 --cfg --save-every", "sample": "--cfg"}
+    "vae": "--lr --kl --save-every", "dit": "--lr --cfg-dropout --save-every", "prune": "--lr --mask-lr --save-every",
+    "distill": "--lr --discriminator-lr --frozen-blocks --learned-blocks --discriminator-ahead --adversarial "
+               "--distillation --r1 --cfg --save-every", "sample": "--cfg"}
 FLAGS = [(name, f"{flag} {value}", flag) for name, flags in WHOLE.items() for flag in flags.split()
          for value in ("0", "-3", "two", "1e99")]
 FLAGS += [(name, f"{flag}={value}", flag) for name, flags in REAL.items() for flag in flags.split()
@@ -105,6 +106,8 @@ FLAGS += [
     ("dit", "{run} --out {new}/x.pt --head-dim 5", "even"), ("dit", "{run} --out {new}/x.pt --width 34", "32"),
     ("dit", "{run} --out {new}/x.pt --width 4", "8"), ("dit", "{run} --ffn 2000000000 --out {new}/x.pt", "memory"),
     ("prune", "{run} --blocks 9 --out {new}/x.pt", "1 to 3"), ("prune", "{run} --heads 0 --out {new}/x.pt", "1 to 4"),
+    ("prune", "--dry-run --blocks 0", "1 to 7"), ("dit", "--dry-run --width 130", "128"),
+    ("prune", "{run} --blocks 3 --heads 4 --ffn 64 --out {new}/x.pt", "nothing to cut"),
     ("prune", "{run} --ffn -5 --out {new}/x.pt", "1 to 64"),
     ("prune", "{run} --levels layers --out {new}/x.pt", "layers"),
     ("prune", "{run} --levels blocks,,ffn --out {new}/x.pt", "--levels"), ("prune", "{run} --kd loud", "loud"),
