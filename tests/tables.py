@@ -83,7 +83,8 @@ TABLES = {
     "disc": (
         [("told right, %", ("distill",), "told_right", 100, 1),
          *columns("text_alignment", "held_out_alignment", "shape", "subject_consistency", "frechet"), TRAINING],
-        {"**the paper's: 3 frozen blocks, 1 learned**": ALONE,
+        {"the pruned model, before any of it": f"{ALONE} --steps 1",
+         "**the paper's: 3 frozen blocks, 1 learned**": ALONE,
          "a linear layer on the 3 frozen": f"{ALONE} --learned-blocks 0",
          "a convolution on the 3 frozen": f"{ALONE} --head convolution",
          "none frozen, 4 learned from scratch": f"{ALONE} --frozen-blocks 0 --learned-blocks 4",
