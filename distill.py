@@ -29,20 +29,19 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal,
-                 sample_flags)
+from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal)
 from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
                  parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
 
 PRESETS = {
     "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=100, batch_size=32, lr=0.02,
-                 discriminator_lr=0.02, discriminator_ahead=10, optimizer="muon"),
+                 discriminator_lr=0.02, discriminator_ahead=10, optimizer="muon", ema=0.95),
     "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
-                discriminator_lr=0.01, discriminator_ahead=100, optimizer="muon"),
+                discriminator_lr=0.01, discriminator_ahead=100, optimizer="muon", ema=0.999),
     "mobile": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw"),
+                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw", ema=0.999),
     "server": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw"),
+                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw", ema=0.999),
 }
 
 # ---------------------------------------------------------------------------------------------------- the generator
@@ -183,14 +182,14 @@ def main(argv=None):
     p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py")
     p.add_argument("--out", type=Path, help="the few-step student")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
     training_flags(p)
-    sample_flags(p)
     args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", vae="vae.pt",
                  discriminator="discriminator.pt", out="student.pt")
     settings = {k: getattr(args, k) for k in (
         "sampling_steps", "frozen_blocks", "learned_blocks", "head", "time_conditioning", "discriminator_lr",
         "discriminator_ahead", "adversarial", "distillation", "r1", "cfg", "teacher_steps", "level", "steps",
-        "batch_size", "lr", "optimizer", "seed")}
+        "batch_size", "lr", "optimizer", "ema", "seed")}
     if not (args.adversarial or args.distillation):
         fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
@@ -213,7 +212,7 @@ def main(argv=None):
         discriminator = Discriminator(start, **design).to(device)
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
-    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95 if args.preset == "tiny" else 0.999))
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = Optimizer(student, args, args.steps)
     d_optimizer = Optimizer(discriminator, args, args.steps, args.discriminator_lr)
     predict = torch.compile(predict_x0) if args.compile else predict_x0

@@ -22,7 +22,6 @@ with and without the caption, are the 80 network evaluations that distill.py bri
 Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config), as the
 discriminator's features (the first K blocks).
 """
-import io
 import math
 import re
 import sys
@@ -32,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,19 +40,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vae import PRESETS as VAE_PRESETS
 from vae import (Loop, Optimizer, RMSNorm, between, check_size, command, count, dims, fail, finish, load, load_vae,
-                 parse, parser, positive, progress, reading, save, script, set_up, stop_if_done, training_flags,
-                 write_aside)
+                 parse, parser, positive, progress, reading, save, script, set_up, show_clips, stop_if_done,
+                 training_flags)
 
 PRESETS = {
     "tiny": dict(width=128, depth=7, heads=8, head_dim=16, ffn=512, steps=900, batch_size=32, lr=0.04,
-                 optimizer="muon"),
+                 optimizer="muon", ema=0.99),
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128, lr=0.02,
-                optimizer="muon"),
+                optimizer="muon", ema=0.9995),
     # The paper's sizes; mobile is what prune.py cuts out of server, for whoever wants it from scratch.
     "mobile": dict(width=2048, depth=20, heads=20, head_dim=64, ffn=6144, steps=200000, batch_size=256, lr=5e-5,
-                   optimizer="adamw"),
+                   optimizer="adamw", ema=0.9995),
     "server": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000, batch_size=256, lr=5e-5,
-                   optimizer="adamw"),
+                   optimizer="adamw", ema=0.9995),
 }
 
 # --------------------------------------------------------------------------------------------------------- the text
@@ -375,17 +373,6 @@ def decode(vae, context, x0, precision, batch=32):
                           for z in progress(x0.split(batch), "decoding")])
 
 
-def gif(frames, fps):
-    """[t, h, w, 3] uint8 -> the bytes of an animated gif. One palette for all frames, spread over the colours that
-    occur: the usual choice, by how many pixels have a colour, turns a small cyan triangle green."""
-    thinned = frames[:, ::3, ::3]
-    palette = Image.fromarray(thinned.reshape(-1, *thinned.shape[2:])).quantize(256, Image.Quantize.MAXCOVERAGE, 3)
-    frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
-    return file.getvalue()
-
-
 class Samples:
     """--sample-every N: after every N steps four clips side by side, RUN/samples/STAGE-STEP.gif, by the model as it
     then is. Captions and noise are always the same, and not from the training's random numbers, which stay as they
@@ -403,16 +390,7 @@ class Samples:
         """sample: (noises [steps, 4, c, t, h, w], tokens) -> normalised latents [4, c, t, h, w]."""
         if self.args.sample_every and step % self.args.sample_every == 0:
             clips = decode(self.vae, self.context, sample(self.noises, self.tokens), torch.no_grad)
-            frames = rearrange((clips + 1) * 127.5, "b c t h w -> t h (b w) c").round().byte().numpy()
-            k = max(1, 96 // clips.shape[-1])  # tiny clips are enlarged
-            data = gif(frames.repeat(k, 1).repeat(k, 2), 8)
-            write_aside(self.args.run / "samples" / f"{self.stage}-{step:06}.gif", lambda f: f.write(data))
-
-
-def sample_flags(p):
-    p.add_argument("--sample-every", type=positive, help="steps between pictures of what the model makes by then, "
-                   "RUN/samples/STAGE-STEP.gif (default: none)")
-    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
+            show_clips(self.args, self.stage, step, clips)
 
 
 # ---------------------------------------------------------------------------------------------- what a size costs
@@ -502,8 +480,8 @@ def main(argv=None):
     p.add_argument("--out", type=Path, help="the trained DiT")
     p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
                    help="only say what the preset costs: parameters, FLOPs, memory; for clips of a SIZE in pixels")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
     training_flags(p)
-    sample_flags(p)
     args = parse(p, PRESETS, argv, latents="latents.pt", vae="vae.pt", out="dit.pt")
     if args.head_dim % 2:
         fail(f"--head-dim {args.head_dim}: rotary embeddings turn pairs of channels, so it must be even")
@@ -515,7 +493,7 @@ def main(argv=None):
         dry_run(config | {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn")}, latent_shape)
         return
     settings = {k: getattr(args, k) for k in ("width", "depth", "heads", "head_dim", "ffn", "cfg_dropout", "steps",
-                                              "batch_size", "lr", "optimizer", "seed")}
+                                              "batch_size", "lr", "optimizer", "ema", "seed")}
     device, precision = set_up(args)
     with reading(args.latents):
         data = Latents(args.latents)
@@ -526,7 +504,7 @@ def main(argv=None):
     dit = DiT(data.latents.shape[1], args.width, args.depth, args.heads, args.head_dim, args.ffn, len(data.vocabulary),
               data.text_tokens, data.text_dim).to(device)
     dit.recompute = args.recompute
-    ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(0.99 if args.preset == "tiny" else 0.9995))
+    ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = Optimizer(dit, args, args.steps)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
     samples = Samples("dit", args, data, device)

@@ -29,21 +29,21 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler,
-                 sample_flags)
+from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler)
 from vae import PRESETS as VAE_PRESETS
 from vae import (WORLD, Draws, Loop, Optimizer, average, between, check_settings, command, count, dims, fail,
                  fingerprint, finish, parse, parser, positive, progress, reading, save, script, set_up, stop_if_done,
                  training_flags, write_aside)
 
 PRESETS = {  # tiny and toy in the paper's proportions: 5/7 of the blocks, 5/8 of the heads, 3/4 of the FFN
-    "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon"),
+    "tiny": dict(blocks=5, heads=5, ffn=384, mask_steps=50, steps=320, batch_size=32, lr=0.04, optimizer="muon",
+                 ema=0.99),
     "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
-                optimizer="muon"),
+                optimizer="muon", ema=0.999),
     "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256, lr=5e-5,
-                   optimizer="adamw"),
+                   optimizer="adamw", ema=0.9995),
     "server": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256, lr=5e-5,
-                   optimizer="adamw"),
+                   optimizer="adamw", ema=0.9995),
 }
 LEVELS = {"blocks": ["blocks"], "heads": ["self_heads", "cross_heads"], "ffn": ["ffn"]}  # level -> its masks
 CONFIG = {"blocks": "depth", "heads": "heads", "ffn": "ffn"}  # level -> what counts its units in a DiT's config
@@ -230,8 +230,8 @@ def main(argv=None):
     p.add_argument("--out", type=Path, help="the pruned DiT")
     p.add_argument("--dry-run", nargs="?", type=dims, const=(), metavar="SIZE",
                    help="only say what the teacher and its pruned model cost, for clips of a SIZE in pixels")
+    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
     training_flags(p, "optimiser steps of recovery, after --mask-steps")
-    sample_flags(p)
     args = parse(p, PRESETS, argv, dit="dit.pt", latents="latents.pt", vae="vae.pt", masks="masks.pt", out="pruned.pt")
     levels = args.levels.split(",")
     kd = {"both": ["output", "features"], "none": []}.get(args.kd, args.kd.split(","))
@@ -246,7 +246,7 @@ def main(argv=None):
         print(f"pruned: {after / before:.1%} of the parameters")
         return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
-                                              "mask_lr", "steps", "batch_size", "lr", "optimizer", "seed")}
+                                              "mask_lr", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
     with reading(args.latents):
@@ -295,7 +295,7 @@ def main(argv=None):
         difference = (dense(add_noise(x0, noise, t), t, dense.text_encoder(tokens)) - masked).abs().max().item()
 
     # 4. recovery
-    ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = Optimizer(dense, args, args.steps)
     samples = Samples("pruned", args, data, device)
     recovery = Loop("prune", args, settings, args.steps, device, draw, dense=dense, ema=ema, optimizer=optimizer)

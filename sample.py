@@ -29,12 +29,11 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from distill import load_discriminator, sample_student
-from dit import (Latents, add_noise, decode, flow_loss, gif, load_dit, logit_normal, sample_euler, text_input,
-                 words)
+from dit import Latents, add_noise, decode, flow_loss, load_dit, logit_normal, sample_euler, text_input, words
 from prune import BOLD, END, FULL, HOLLOW, label, mask_map, rect, svg
-from vae import (COLORS, DIRECTIONS, SHAPES, Draws, between, command, count, fail, load, load_vae, maker, open_data,
-                 parse, parser, positive, progress, read_metrics, reading, record, script, set_up, shape_coverage,
-                 write_aside)
+from vae import (COLORS, DIRECTIONS, SHAPES, Draws, between, command, count, fail, gif, load, load_vae, maker,
+                 open_data, parse, parser, positive, progress, read_metrics, reading, record, script, set_up,
+                 shape_coverage, write_aside)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # a checkpoint, and its name in pictures

@@ -25,6 +25,7 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from einops import rearrange, reduce
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -51,11 +53,11 @@ from tqdm import tqdm
 
 PRESETS = {
     "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=12, width=48, blocks=1,
-                 clips=6144, steps=1400, batch_size=8, lr=0.02, kl=1e-3, optimizer="muon"),
+                 clips=6144, steps=1400, batch_size=8, lr=0.02, kl=1e-3, optimizer="muon", ema=0.99),
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, blocks=2,
-                clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon"),
+                clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon", ema=0.999),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
-                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw"),
+                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = dict(PRESETS["mobile"], size="121x576x1024")
 
@@ -401,7 +403,7 @@ def main(argv=None):
     args = parse(p, PRESETS, argv, out="vae.pt", latents="latents.pt")
     check_size(args.size, args.ratio)
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
-                                              "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "seed")}
+                                              "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
     then = command("dit.py", args.run, args.preset)
     device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, then)
@@ -415,7 +417,7 @@ def main(argv=None):
         fail(str(error))
     vae.to(device, memory_format=torch.channels_last_3d)
     vae.recompute = args.recompute
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = Optimizer(vae, args, args.steps)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
 
@@ -424,12 +426,18 @@ def main(argv=None):
     clips = {"captions": zlib.crc32("\n".join(data.captions).encode())}  # a folder may have changed meanwhile
     loop = Loop("vae", args, settings | clips, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
                 draw=lambda g: (data.clip(g.randint(len(data.train)).tolist()), g.randn(*z_shape)))
-    for _, (x, noise) in loop:
+    shown = [data.test[i * len(data.test) // 4] for i in range(4)]
+    for step, (x, noise) in loop:
         with precision():
             loss, mse = loss_fn(vae, x, noise, args.kl)
         optimizer.step(loss)
         ema.update_parameters(vae)
         loop.log(loss=loss.item(), psnr_db=-10 * mse.div(4).log10().item())
+        if args.sample_every and (step + 1) % args.sample_every == 0:  # clips, and below them what is left of them
+            x = data.clip(shown).to(device)
+            with torch.no_grad(), precision():
+                recon = ema.module.decode(ema.module.encode(x)[0]).float().clamp(-1, 1)
+            show_clips(args, "vae", step + 1, x, recon)
 
     vae = ema.module.eval()
     metrics = dict(psnr_db=psnr(vae, (data.clip([i]).to(device) for i in progress(data.test, "testing")), precision),
@@ -562,10 +570,13 @@ def training_flags(p, steps="optimiser steps"):
     p.add_argument("--batch-size", type=positive, help="clips a step")
     p.add_argument("--lr", type=between(1e-12), help="peak learning rate; --optimizer adamw wants about 0.001 at tiny")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
+    p.add_argument("--ema", type=between(0, 1), help="decay of the running average of the weights, which is saved")
     p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
     p.add_argument("--recompute", action="store_true",
                    help="activation checkpointing: a fraction of the memory for about a third more time")
     p.add_argument("--save-every", type=between(0), default=60, help="seconds between saves of the run (default: 60)")
+    p.add_argument("--sample-every", type=positive, help="steps between pictures of what the model makes by then, "
+                   "RUN/samples/STAGE-STEP.gif (default: none)")
 
 
 def parse(p, presets, argv, **files):
@@ -791,6 +802,26 @@ def progress(items, what):
     yield from bar
     if FIRST and not on_terminal and time.monotonic() - start > 2:
         print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def gif(frames, fps):
+    """[t, h, w, 3] uint8 -> the bytes of an animated gif. One palette for all frames, spread over the colours that
+    occur: the usual choice, by how many pixels have a colour, turns a small cyan triangle green."""
+    thinned = frames[:, ::3, ::3]
+    palette = Image.fromarray(thinned.reshape(-1, *thinned.shape[2:])).quantize(256, Image.Quantize.MAXCOVERAGE, 3)
+    frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+    return file.getvalue()
+
+
+def show_clips(args, stage, step, *rows):
+    """--sample-every: rows of clips, each [b, 3, t, h, w] in [-1, 1], as one picture RUN/samples/STAGE-STEP.gif."""
+    frames = rearrange((torch.stack(rows) + 1) * 127.5, "row b c t h w -> t (row h) (b w) c")
+    frames = frames.round().byte().cpu().numpy()
+    k = max(1, 96 // rows[0].shape[-1])  # tiny clips are enlarged
+    data = gif(frames.repeat(k, 1).repeat(k, 2), 8)
+    write_aside(args.run / "samples" / f"{stage}-{step:06}.gif", lambda f: f.write(data))
 
 
 @contextlib.contextmanager
