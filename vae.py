@@ -426,7 +426,7 @@ def main(argv=None):
     clips = {"captions": zlib.crc32("\n".join(data.captions).encode())}  # a folder may have changed meanwhile
     loop = Loop("vae", args, settings | clips, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
                 draw=lambda g: (data.clip(g.randint(len(data.train)).tolist()), g.randn(*z_shape)))
-    shown = [data.test[i * len(data.test) // 4] for i in range(4)]
+    shown = [data.test[i * (len(data.test) - 1) // 3] for i in range(4)]
     for step, (x, noise) in loop:
         with precision():
             loss, mse = loss_fn(vae, x, noise, args.kl)
