@@ -1,8 +1,8 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
 # make test                                the tests
-# make table-prune                         a table of the paper at toy scale, three seeds; table-vae, table-disc,
-#                                          table-steps and table-speed as well; SEEDS=1 for a first look
+# make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
+#                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
 # make pictures                            the README's pictures into docs/, by what `make demo` trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
@@ -12,7 +12,7 @@ RUN ?= runs/tiny
 SEEDS ?= 3
 PY = .venv/bin/python
 
-.PHONY: demo test pictures clean table-vae table-prune table-disc table-steps table-speed
+.PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
 
 demo: .venv/ready
 	$(PY) vae.py --run "$(RUN)" --data "$(DATA)"
@@ -34,7 +34,7 @@ test: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-table-vae table-prune table-disc table-steps table-speed: .venv/ready
+table-scores table-vae table-prune table-disc table-steps table-speed: .venv/ready
 	$(PY) tests/tables.py $(@:table-%=%) --seeds $(SEEDS)
 
 pictures: demo

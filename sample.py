@@ -211,7 +211,8 @@ def share(values):
 
 
 def score(args, device, precision):
-    """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones."""
+    """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones. And, to
+    say how far a score can go, as many training clips of `shapes`, which no model but the VAE has touched."""
     with reading(args.latents):
         data = Latents(args.latents)
     vae = load_vae(args.vae, device)
@@ -221,24 +222,35 @@ def score(args, device, precision):
     held = [held[i % len(held)] for i in range(args.clips // 2)] if held else []
     reference = data.x0(data.test if len(data.test) > 1 else data.train[:256]).to(device)
     real, scores = fixed_features(decode(vae, data.context(), reference, precision)), {}
+
+    def scores_of(captions, n, context, x0):  # n: how many of the captions are seen ones
+        clips = decode(vae, context, x0, precision)
+        told = judge(captions, clips, x0, data)
+        right = [all(ok for ok, _ in aspects.values()) for aspects in told]
+        result = {"text_alignment": share(right[:n])}
+        if on_shapes:
+            result |= {aspect: share(t[aspect][0] for t in told[:n]) for aspect in told[0]}
+            result |= {"held_out_alignment": share(right[n:])} if right[n:] else {}
+        return dict(**result, **motion_scores(clips, on_shapes), frechet=frechet(fixed_features(clips), real), clips=n)
+
+    def tell(name, values):
+        print(name.ljust(8), "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
+
     for model in models_of(args, device, precision):
         x0, seconds = model.make(seen + held, args.seed)
-        clips = decode(vae, model.checkpoint, x0, precision)
-        told = judge(seen + held, clips, x0, data)
-        right = [all(ok for ok, _ in aspects.values()) for aspects in told]
-        result = {"text_alignment": share(right[:len(seen)])}
-        if on_shapes:
-            result |= {aspect: share(t[aspect][0] for t in told[:len(seen)]) for aspect in told[0]}
-            result["held_out_alignment"] = share(right[len(seen):])
+        scores[model.stage] = scores_of(seen + held, len(seen), model.checkpoint, x0)
         if not model.student and len(data.test):  # a student jumps; it has no flow
-            result["test_loss"] = test_loss(model.dit, data, device, precision)
-        scores[model.stage] = dict(**result, **motion_scores(clips, on_shapes),
-                                   frechet=frechet(fixed_features(clips), real), clips=len(seen),
-                                   params=count(model.dit), evaluations=model.evaluations, seconds_per_clip=seconds)
-        print(model.stage.ljust(8), "  ".join(f"{k} {v:.4g}" for k, v in scores[model.stage].items()), flush=True)
+            scores[model.stage]["test_loss"] = test_loss(model.dit, data, device, precision)
+        scores[model.stage] |= dict(params=count(model.dit), evaluations=model.evaluations, seconds_per_clip=seconds)
+        tell(model.stage, scores[model.stage])
     if not scores:
         fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     record(args.run, "score", scores)
+    if on_shapes:
+        picked = data.train[:len(seen + held)]
+        own = scores_of([data.captions[i] for i in picked], len(picked), data.context(), data.x0(picked).to(device))
+        tell("data", own)
+        record(args.run, "data", own)
     print(f"{args.run / 'metrics.json'}: score; next: {command('export_coreml.py', args.run, args.preset)}")
 
 
@@ -439,9 +451,10 @@ def report(args, device, precision):
         return decode(vae, data.context(), x0.to(device), precision)
 
     bars = pipeline(scores, 3 * math.prod(data.file["config"]["size"]), math.prod(data.latents.shape[1:]))
+    columns = {STAGES[stage]: s for stage, s in scores.items()} | {k: metrics[k] for k in ("data",) if k in metrics}
     keys = dict.fromkeys(["params", "evaluations", "seconds_per_clip", *(k for s in scores.values() for k in s)])
-    table = [["", *map(STAGES.get, scores)]] + [[key.replace("_", " "), *(number(s[key]) for s in scores.values())]
-                                                for key in keys if all(key in s for s in scores.values())]
+    table = [["", *columns]] + [[key.replace("_", " "), *(number(s[key]) if key in s else "" for s in columns.values())]
+                                for key in keys]
     table = "".join(f"<tr><td>{'<td>'.join(row)}" for row in table) if scores else (
         f"<tr><td>Not yet: <code>{escape(command('sample.py', args.run, args.preset, '--score'))}</code>")
     masks = missing(args, "masks.pt") or mask_map(load(args.run / "masks.pt", "masks")["masks"])
@@ -459,7 +472,8 @@ def report(args, device, precision):
          side_by_side(args, data, models, captions, show)),
         ("Costs and scores", "Text alignment: the share of clips that are all that their caption says; held out "
          "alignment: the same, of combinations never trained on. Frechet: the distance from real clips, less is "
-         "better. Seconds are those of sampling latents.", f"<table>{table}</table>"),
+         "better. Seconds are those of sampling latents. Data: training clips as the VAE keeps them.",
+         f"<table>{table}</table>"),
         ("From noise to a clip", f"“{escape(captions[-1])}”. Above: x_t, what the network is given. Below: x0, the "
          "clean clip that it sees in it. The teacher creeps along its velocity; the student jumps to x0, adds noise, "
          "and jumps again.", from_noise(args, few, captions[-1], show) if few else ""),

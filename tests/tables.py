@@ -1,6 +1,6 @@
 """The paper's tables at toy scale: what each compares is trained with several seeds, scored, and printed as Markdown.
 
-    python tests/tables.py prune              # or vae, disc, steps, speed  -> runs/tables/prune.md
+    python tests/tables.py prune              # or scores, vae, disc, steps, speed  -> runs/tables/prune.md
     python tests/tables.py prune --seeds 1    # a first look
 
 A row is a command of the six scripts, run in a folder of its own and scored; what it starts from (the four training
@@ -49,6 +49,12 @@ def columns(*keys):
 
 # table -> its columns, and its rows: {name: command, or commands}.
 TABLES = {
+    "scores": (  # known to be worse and worse: taught for less and less time, deaf to the caption
+        columns("test_loss", "text_alignment", "held_out_alignment", "color", "shape", "direction",
+                "subject_consistency", "motion_smoothness", "dynamic_degree", "frechet"),
+        {"teacher, 900 steps": "dit.py",
+         **{f"teacher, {steps} steps": f"dit.py --steps {steps}" for steps in (300, 100, 30)},
+         "teacher, 900 steps, without the caption": f"{SCORE} --cfg 0"}),
     "vae": (
         [("PSNR, dB", ("vae",), "psnr_db", 1, 1), ("VAE, s", ("vae",), "seconds", 1, 0),
          ("DiT, s", ("dit",), "seconds", 1, 0),

@@ -36,6 +36,7 @@ def test_the_chain_leaves_every_file_and_figure_that_the_design_names(scored_run
     for scores in metrics["score"].values():
         assert {"text_alignment", "color", "shape", "direction", "held_out_alignment", "subject_consistency",
                 "motion_smoothness", "dynamic_degree", "frechet", "evaluations", "seconds_per_clip"} <= set(scores)
+    assert metrics["data"]["clips"] == 6 and 0 < metrics["data"]["frechet"] < metrics["score"]["dit"]["frechet"]
     for package in metrics["export"].values():
         assert {"bytes", "ops", "max_rank", "precision", "parity_max_abs"} <= set(package)
     for name in "compare.gif", "compare.png", "report.html", "coreml/manifest.json":
