@@ -542,6 +542,7 @@ def between(low, high=2 ** 31, kind=float):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
+    number.metavar = "N" if kind is int else "X"
     return number
 
 
@@ -568,7 +569,7 @@ def parser(doc, presets, computes=True):
 def training_flags(p, steps="optimiser steps"):
     p.add_argument("--steps", type=positive, help=steps)
     p.add_argument("--batch-size", type=positive, help="clips a step")
-    p.add_argument("--lr", type=between(1e-12), help="peak learning rate; --optimizer adamw wants about 0.001 at tiny")
+    p.add_argument("--lr", type=between(1e-12), help="peak learning rate; adamw wants about a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's; muon is faster at this scale")
     p.add_argument("--ema", type=between(0, 1), help="decay of the running average of the weights, which is saved")
     p.add_argument("--compile", action="store_true", help="torch.compile the step: slow to start, then faster")
@@ -584,8 +585,7 @@ def parse(p, presets, argv, **files):
     for action in p._actions:  # the presets' values stand in --help too
         if action.dest in presets["tiny"]:
             action.help += f" (default: {', '.join(f'{presets[k][action.dest]} {k}' for k in presets)})"
-        if action.type in (Path, positive, int, float):
-            action.metavar = action.metavar or {Path: "FILE", float: "X"}.get(action.type, "N")
+        action.metavar = action.metavar or getattr(action.type, "metavar", {Path: "FILE", int: "N"}.get(action.type))
         if action.dest in files and "default" not in action.help:
             action.help += f" (default: RUN/{files[action.dest]})"
     args = p.parse_args(argv)
