@@ -111,7 +111,8 @@ class TextEncoder(nn.Module):
 
 def rope_angles(t, h, w, head_dim, device):
     """Angles [t*h*w, head_dim / 2] of 3D RoPE. A quarter of a head's pairs of channels stands for time, three eighths
-    for height, three eighths for width; each pair turns at its own frequency."""
+    for height, three eighths for width; each pair turns at its own frequency, from 1 to about 1/100 radian a position:
+    grids are hardly longer than that."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
     sizes, angles = (pairs - 2 * spatial, spatial, spatial), []
@@ -230,9 +231,8 @@ class DiT(nn.Module):
     def prepare(self, x_t, t):
         """-> tokens [b, n, width], modulation [b, 6, width], RoPE's cos and sin [n, head_dim / 2], and the embedded
         time [b, time_dim]."""
-        frames, height, width = x_t.shape[2:]
         x = self.embed(rearrange(x_t, "b c t h w -> b (t h w) c"))
-        angles = rope_angles(frames, height, width, self.head_dim, x.device)
+        angles = rope_angles(*x_t.shape[2:], self.head_dim, x.device)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
         frequency = 64 ** (torch.arange(self.time_dim // 2, device=x.device) / (self.time_dim // 2 - 1))

@@ -242,8 +242,11 @@ def main(argv=None):
         config, latent_shape = planned("server" if args.preset == "mobile" else args.preset, args.dry_run or dims(
             VAE_PRESETS[args.preset]["size"]))
         pruned = config | kept_units(args, levels, config)
-        before, after = dry_run(config, latent_shape), dry_run(pruned, latent_shape)
-        print(f"pruned: {after / before:.1%} of the parameters")
+        print("teacher: ", end="")
+        before = dry_run(config, latent_shape)
+        print("pruned: ", end="")
+        after = dry_run(pruned, latent_shape)
+        print(f"pruned to {after / before:.1%} of the parameters")
         return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
                                               "mask_lr", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}

@@ -10,8 +10,10 @@ A student samples in its few steps without guidance; dit.pt and pruned.pt in --s
 The scores have the names of VBench's dimensions, which the paper reports, but each is a plain formula: the data is
 rendered, so a clip can be measured instead of shown to another network. Text alignment is the share of clips with
 colour (by palette), shape (by template) and direction (by centroid) all as the caption says. On a folder of real
-clips it is the share whose nearest training clip, by latents, carries the caption. The others are defined where they
-are computed, below; that they rank good above bad clips is for tests/ to show.
+clips it is the share whose nearest training clip, by latents, carries the caption. Subject
+consistency: the cosine similarity of each frame's subject with the first's. Motion smoothness: 1 - the mean distance
+of a frame from the mean of its neighbours. Dynamic degree: the mean difference of neighbouring frames, pixels in
+[0, 1]. Frechet distance: from real clips, on the features of a fixed network; less is better.
 """
 import base64
 import json
@@ -213,6 +215,8 @@ def share(values):
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones. And, to
     say how far a score can go, as many training clips of `shapes`, which no model but the VAE has touched."""
+    if not any((args.run / f"{stage}.pt").exists() for stage in STAGES):
+        fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     with reading(args.latents):
         data = Latents(args.latents)
     vae = load_vae(args.vae, device)
@@ -243,8 +247,6 @@ def score(args, device, precision):
             scores[model.stage]["test_loss"] = test_loss(model.dit, data, device, precision)
         scores[model.stage] |= dict(params=count(model.dit), evaluations=model.evaluations, seconds_per_clip=seconds)
         tell(model.stage, scores[model.stage])
-    if not scores:
-        fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     record(args.run, "score", scores)
     if on_shapes:
         picked = data.train[:len(seen + held)]

@@ -4,8 +4,8 @@ The idea (paper, high-compression video VAE). Full 3D attention costs O((t·h·w
 video transformer fast is to give it fewer tokens. The paper compares ratios from 4x16x16 to 8x64x64
 (time x height x width) and settles on 8x32x32; `--ratio` takes any of them, and 4x8x8 for the tiny preset.
 
-    pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]
-       |  space to depth, then one stage for each further halving, of space, of time, or of both
+    pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]; the ratio is rt x rs x rs, and k any whole number
+       |  4x4 pixels become channels; then one stage for each halving that is still to do, in space, in time or in both
     latents  [b, c, 1 + k, h/rs, w/rs]  mean and log-variance of a diagonal Gaussian
        |  the mirror image
     pixels   [b, 3, 1 + k*rt, h, w]
@@ -560,9 +560,9 @@ def parser(doc, presets, computes=True):
     if not computes:
         return p
     p.add_argument("--device", default="auto",
-                   help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
+                   help="cpu, cuda, cuda:1, mps, ... (default: auto, cuda where there is one, else cpu)")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                   help="precision of the arithmetic; weights stay float32 (default: bfloat16 where it is faster)")
+                   help="of the arithmetic; weights stay float32 (default: auto, bfloat16 where it is faster)")
     return p
 
 

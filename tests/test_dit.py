@@ -131,7 +131,7 @@ def test_the_cost_of_a_size_is_what_arithmetic_says():
 @pytest.mark.parametrize("command, expected", [
     ("dit --preset server", ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1.91 G"]),
     ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "38.2 GB"]),
-    ("prune --preset mobile", ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned: 50.0%"])])
+    ("prune --preset mobile", ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"])])
 def test_a_dry_run_prices_the_papers_sizes_without_making_them(command, expected, capsys):
     name, *flags = command.split()
     importlib.import_module(name).main([*flags, *([] if "--dry-run" in flags else ["--dry-run"])])
