@@ -215,11 +215,11 @@ def share(values):
 def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise; half as many held-out prompts as seen ones. And, to
     say how far a score can go, as many training clips of `shapes`, which no model but the VAE has touched."""
-    if not any((args.run / f"{stage}.pt").exists() for stage in STAGES):
-        fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     with reading(args.latents):
         data = Latents(args.latents)
     vae = load_vae(args.vae, device)
+    if not any((args.run / f"{stage}.pt").exists() for stage in STAGES):
+        fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     on_shapes = data.file["config"]["data"] == "shapes"
     seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
     held = data.file["held_out_captions"]
