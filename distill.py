@@ -161,7 +161,7 @@ def main(argv=None):
                    help="K, blocks of the generator that the discriminator inherits")
     p.add_argument("--learned-blocks", type=between(0, kind=int),
                    help="blocks that the discriminator learns on top; 0: one linear layer")
-    p.add_argument("--head", default="attention", choices=["attention", "convolution"],
+    p.add_argument("--discriminator-head", default="attention", choices=["attention", "convolution"],
                    help="what those blocks are: the paper's attention to all tokens and the text, or convolutions "
                         "(default: attention)")
     p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
@@ -175,7 +175,7 @@ def main(argv=None):
     p.add_argument("--r1", type=between(0), default=0.0, help="weight of the smoothness term (default: 0)")
     p.add_argument("--cfg", type=between(0), default=3.0, help="guidance scale of the teacher (default: 3)")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
-    p.add_argument("--level", type=between(-20, 20), default=-2.5,
+    p.add_argument("--noise-level", type=between(-20, 20), default=-2.5,
                    help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
     p.add_argument("--discriminator", type=Path, help="the trained discriminator, written if --adversarial is not 0")
     p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
@@ -187,9 +187,9 @@ def main(argv=None):
     args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", vae="vae.pt",
                  discriminator="discriminator.pt", out="student.pt")
     settings = {k: getattr(args, k) for k in (
-        "sampling_steps", "frozen_blocks", "learned_blocks", "head", "time_conditioning", "discriminator_lr",
-        "discriminator_ahead", "adversarial", "distillation", "r1", "cfg", "teacher_steps", "level", "steps",
-        "batch_size", "lr", "optimizer", "ema", "seed")}
+        "sampling_steps", "frozen_blocks", "learned_blocks", "discriminator_head", "time_conditioning",
+        "discriminator_lr", "discriminator_ahead", "adversarial", "distillation", "r1", "cfg", "teacher_steps",
+        "noise_level", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
     if not (args.adversarial or args.distillation):
         fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
     device, precision = set_up(args)
@@ -207,7 +207,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
     student.recompute = args.recompute
-    design = {k: getattr(args, k) for k in ("frozen_blocks", "learned_blocks", "head", "time_conditioning")}
+    design = dict(frozen_blocks=args.frozen_blocks, learned_blocks=args.learned_blocks, head=args.discriminator_head,
+                  time_conditioning=args.time_conditioning)
     try:
         discriminator = Discriminator(start, **design).to(device)
     except ValueError as error:
@@ -220,7 +221,7 @@ def main(argv=None):
 
     def draw(g):  # and besides: which of the student's levels; the level, noise and disturbance for the discriminator
         real, tokens, noise, _ = data.draw(g)
-        return (real, tokens, noise, times[g.randint(len(times))], logit_normal(g, args.level), g.randn(*shape),
+        return (real, tokens, noise, times[g.randint(len(times))], logit_normal(g, args.noise_level), g.randn(*shape),
                 g.randn(*shape))
 
     samples = Samples("student", args, data, device, args.sampling_steps)

@@ -453,7 +453,7 @@ def random_student(preset, seed):
     for p in dit.parameters():
         if not p.any():  # what training starts at zero would leave the rest idle
             nn.init.normal_(p, std=0.02)
-    vae = VAE(ratio, c, clip["width"], clip["blocks"])
+    vae = VAE(ratio, c, clip["width"], clip["res_blocks"])
     student = dict(latent_shape=[c, 1 + (t - 1) // ratio[0], h // ratio[1], w // ratio[2]], text_tokens=5,
                    latent_mean=torch.zeros(c), latent_std=torch.ones(c), vocabulary=["<pad>", *vocabulary],
                    embeddings=None, captions=[caption], timesteps=student_times(4).tolist())

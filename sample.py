@@ -432,7 +432,7 @@ def opinions(args, data, models, device):
     captions = [data.test_captions[i] for i in picked]
     real = data.x0([data.test[i] for i in picked]).to(device)
     sets = {"real": real, **{STAGES[m.stage]: m.make(captions, args.seed)[0] for m in models}}
-    s = torch.sigmoid(settings["level"] + torch.randn(len(picked), generator=g)).to(device)
+    s = torch.sigmoid(settings["noise_level"] + torch.randn(len(picked), generator=g)).to(device)
     noise, tokens = torch.randn(sets["real"].shape, generator=g).to(device), models[0].tokens(captions)
     return {name: discriminator(add_noise(x0, noise, s), s, tokens).cpu().numpy() for name, x0 in sets.items()}
 

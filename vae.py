@@ -52,11 +52,11 @@ from torch.utils.checkpoint import checkpoint_sequential
 from tqdm import tqdm
 
 PRESETS = {
-    "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=12, width=48, blocks=1,
+    "tiny": dict(size="9x32x32", ratio="4x8x8", latent_channels=12, width=48, res_blocks=1,
                  clips=6144, steps=1400, batch_size=8, lr=0.02, kl=1e-3, optimizer="muon", ema=0.99),
-    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, blocks=2,
+    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, res_blocks=2,
                 clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon", ema=0.999),
-    "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, blocks=3,
+    "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, res_blocks=3,
                    clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = dict(PRESETS["mobile"], size="121x576x1024")
@@ -395,7 +395,7 @@ def main(argv=None):
     p.add_argument("--clips", type=positive, help="rendered clips, or windows of real ones, to train on")
     p.add_argument("--latent-channels", type=positive, help="channels of a latent")
     p.add_argument("--width", type=positive, help="channels of the first stage")
-    p.add_argument("--blocks", type=positive, help="residual blocks a stage")
+    p.add_argument("--res-blocks", type=positive, help="residual blocks a stage")
     p.add_argument("--kl", type=between(0), help="weight of the KL divergence")
     p.add_argument("--out", type=Path, help="the trained autoencoder")
     p.add_argument("--latents", type=Path, help="the data set's latents")
@@ -403,7 +403,8 @@ def main(argv=None):
     args = parse(p, PRESETS, argv, out="vae.pt", latents="latents.pt")
     check_size(args.size, args.ratio)
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
-                                              "blocks", "kl", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
+                                              "res_blocks", "kl", "steps", "batch_size", "lr", "optimizer", "ema",
+                                              "seed")}
     then = command("dit.py", args.run, args.preset)
     device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, then)
@@ -412,7 +413,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     try:
-        vae = VAE(args.ratio, args.latent_channels, args.width, args.blocks)
+        vae = VAE(args.ratio, args.latent_channels, args.width, args.res_blocks)
     except ValueError as error:
         fail(str(error))
     vae.to(device, memory_format=torch.channels_last_3d)

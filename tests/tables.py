@@ -92,7 +92,7 @@ TABLES = {
         {"the pruned model, before any of it": f"{ALONE} --steps 1",
          "**the paper's: 3 frozen blocks, 1 learned**": ALONE,
          "a linear layer on the 3 frozen": f"{ALONE} --learned-blocks 0",
-         "a convolution on the 3 frozen": f"{ALONE} --head convolution",
+         "a convolution on the 3 frozen": f"{ALONE} --discriminator-head convolution",
          "none frozen, 4 learned from scratch": f"{ALONE} --frozen-blocks 0 --learned-blocks 4",
          "K = 1": f"{ALONE} --frozen-blocks 1",
          "K = 2": f"{ALONE} --frozen-blocks 2",

@@ -74,7 +74,7 @@ def refused(capsys, name, arguments, word, *folders):
 # ------------------------------------------------------------------------------------------------------------ flags
 
 WHOLE = {  # flags that take a whole number above 0
-    "vae": "--steps --batch-size --stride --clips --latent-channels --width --blocks",
+    "vae": "--steps --batch-size --stride --clips --latent-channels --width --res-blocks",
     "dit": "--steps --batch-size --width --depth --heads --head-dim --ffn",
     "prune": "--steps --batch-size --mask-steps",
     "distill": "--steps --batch-size --sampling-steps --teacher-steps",
@@ -89,7 +89,7 @@ FLAGS += [(name, f"{flag}={value}", flag) for name, flags in REAL.items() for fl
           for value in ("nan", "inf", "-1", "much")]
 FLAGS += [
     ("vae", "--seed -1", "--seed"), ("dit", "--seed 9999999999999999999999", "--seed"), ("vae", "--lr 0", "--lr"),
-    ("dit", "--cfg-dropout 1.5", "--cfg-dropout"), ("distill", "--level nan", "--level"),
+    ("dit", "--cfg-dropout 1.5", "--cfg-dropout"), ("distill", "--noise-level nan", "--noise-level"),
     ("vae", "--size 16x32x32", "17"), ("vae", "--size 10x32x32", "9"), ("vae", "--size 9x30x32", "32"),
     ("vae", "--size 9x32x45", "48"), ("vae", "--size 9x1x32", "8"), ("vae", "--size 2x32x32", "5"),
     ("vae", "--size 9", "9x32x32"), ("vae", "--size 9x32", "9x32x32"), ("vae", "--size 9x32x32x3", "9x32x32"),

@@ -47,7 +47,7 @@ def test_every_preset_is_a_network_that_can_be_built(preset):
     p = {k: vae.dims(v) if k in ("size", "ratio") else v for k, v in vae.PRESETS[preset].items()}
     vae.check_size(p["size"], p["ratio"])
     with torch.device("meta"):
-        model = vae.VAE(p["ratio"], p["latent_channels"], p["width"], p["blocks"])
+        model = vae.VAE(p["ratio"], p["latent_channels"], p["width"], p["res_blocks"])
         assert model.encode(torch.empty(1, 3, 1, *p["ratio"][1:]))[0].shape == (1, p["latent_channels"], 1, 1, 1)
 
 
