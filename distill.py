@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import (Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal)
+from dit import Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal
 from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
                  parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
 

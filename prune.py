@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import (DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler)
+from dit import DiT, Latents, Samples, add_noise, context, dry_run, load_dit, planned, sample_euler
 from vae import PRESETS as VAE_PRESETS
 from vae import (WORLD, Draws, Loop, Optimizer, average, between, check_settings, command, count, dims, fail,
                  fingerprint, finish, parse, parser, positive, progress, reading, save, script, set_up, stop_if_done,
