@@ -3,7 +3,7 @@
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
-# make pictures                            the README's pictures into docs/, by what `make demo` trained
+# make pictures                            the README's pictures into docs/, by what `make demo` and table-steps trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
@@ -39,6 +39,7 @@ table-scores table-vae table-prune table-disc table-steps table-speed: .venv/rea
 
 pictures: demo
 	mkdir -p docs && cd "$(RUN)" && cp compare.gif path.png masks.svg pipeline.svg "$(CURDIR)/docs/"
+	test ! -f runs/tables/steps.svg || cp runs/tables/steps.svg docs/
 
 clean:
 	rm -rf .venv runs/tiny

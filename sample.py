@@ -5,7 +5,7 @@
     python sample.py --score              # every checkpoint of the run, in one go  -> runs/tiny/metrics.json
     python sample.py --report             # -> runs/tiny/report.html, and the README's pictures beside it
 
-A student samples in its few steps without guidance; dit.pt and pruned.pt in --steps Euler steps with --cfg.
+A student samples in its few steps without guidance; dit.pt and pruned.pt in --sampling-steps Euler steps with --cfg.
 
 The scores have the names of VBench's dimensions, which the paper reports, but each is a plain formula: the data is
 rendered, so a clip can be measured instead of shown to another network. Text alignment is the share of clips with
@@ -82,11 +82,12 @@ class Model:
 
 
 def models_of(args, device, precision):
-    """The checkpoints that the run has. --steps is for the teacher and the pruned model: a student learned its own."""
+    """The checkpoints that the run has. --sampling-steps is for the teacher and the pruned model: a student learned its
+    own."""
     for stage in STAGES:
         path = args.run / f"{stage}.pt"
         if path.exists():
-            yield Model(path, device, precision, args.steps if stage != "student" else None, args.cfg)
+            yield Model(path, device, precision, args.sampling_steps if stage != "student" else None, args.cfg)
         else:
             print(f"{path} is not there, so left out: `{maker(path, stage)}` makes it", file=sys.stderr)
 
@@ -221,9 +222,9 @@ def score(args, device, precision):
     if not any((args.run / f"{stage}.pt").exists() for stage in STAGES):
         fail(f"nothing to score in {args.run}: `{maker(args.run / 'dit.pt', 'dit')}` makes the first checkpoint")
     on_shapes = data.file["config"]["data"] == "shapes"
-    seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.clips)]
+    seen = [sorted(set(data.captions))[i % len(set(data.captions))] for i in range(args.score)]
     held = data.file["held_out_captions"]
-    held = [held[i % len(held)] for i in range(args.clips // 2)] if held else []
+    held = [held[i % len(held)] for i in range(args.score // 2)] if held else []
     reference = data.x0(data.test if len(data.test) > 1 else data.train[:256]).to(device)
     real, scores = fixed_features(decode(vae, data.context(), reference, precision)), {}
 
@@ -505,12 +506,12 @@ def main(argv=None):
     p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py")
     p.add_argument("--latents", type=Path, help="the data set, from vae.py, for --score and --report")
     p.add_argument("--out", type=Path, help="an mp4, a gif, or a png with all frames")
-    p.add_argument("--steps", type=positive, help="sampling steps; --score and --report leave a student its own "
-                   "(default: a student's own, 40 for the others)")
+    p.add_argument("--sampling-steps", type=positive, help="one evaluation of the network each, two with --cfg; --score"
+                   " and --report leave a student its own (default: a student's own, 40 for the others)")
     p.add_argument("--cfg", type=between(0), default=3.0, help="guidance of dit.pt and pruned.pt; 1: none (default: 3)")
     p.add_argument("--fps", type=positive, default=8, help="frames a second of what is written (default: 8)")
-    p.add_argument("--score", action="store_true", help="score every checkpoint of the run, into RUN/metrics.json")
-    p.add_argument("--clips", type=positive, default=96, help="clips a checkpoint that --score makes (default: 96)")
+    p.add_argument("--score", type=between(2, kind=int), nargs="?", const=96, metavar="CLIPS",
+                   help="score CLIPS clips (default: 96) of every checkpoint of the run, into RUN/metrics.json")
     p.add_argument("--report", action="store_true", help="write RUN/report.html and the README's pictures beside it")
     args = parse(p, PRESETS, argv, model="student.pt", vae="vae.pt", latents="latents.pt", out="sample.mp4")
     prompts = list(args.prompt or [])
@@ -526,14 +527,12 @@ def main(argv=None):
     if any(not words(prompt) for prompt in prompts):
         fail("a prompt without a word: say what to show, such as \"a red circle moving left\"")
     device, precision = set_up(args)
-    if args.score and args.clips < 2:
-        fail("--clips 1: the scores need two at the least")
     if args.score:
         score(args, device, precision)
     if args.report:
         report(args, device, precision)
     if prompts:
-        model, vae = Model(args.model, device, precision, args.steps, args.cfg), load_vae(args.vae, device)
+        model, vae = Model(args.model, device, precision, args.sampling_steps, args.cfg), load_vae(args.vae, device)
         clips = decode(vae, model.checkpoint, model.make(prompts, args.seed)[0], precision)
         cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]
         across = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))

@@ -26,6 +26,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -789,10 +790,12 @@ def command(script, run, preset="tiny", *more):
 
 
 def maker(path, stage):
-    """The command that makes a file which is not there."""
-    path = Path(path)
-    script = COMMANDS.get(path.stem, COMMANDS[stage])
-    return command(script, path.parent, path.parent.name if path.parent.name in PRESETS else "tiny")
+    """The commands that make a file which is not there, from the first stage that its folder lacks."""
+    folder, last = Path(path).parent, COMMANDS.get(Path(path).stem, COMMANDS[stage])
+    before = itertools.takewhile(lambda name: COMMANDS[name] != last, ("latents", "dit", "pruned"))
+    scripts = [COMMANDS[name] for name in before if not (folder / f"{name}.pt").exists()] + [last]
+    preset = folder.name if folder.name in PRESETS else "tiny"
+    return " && ".join(command(script, folder, preset) for script in scripts)
 
 
 def progress(items, what):

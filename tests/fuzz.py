@@ -148,8 +148,8 @@ def case(kind, corpus, work, rng):
         if kind == "damaged" and not same(*(vae.load(path, *vae.COMMANDS, "resume") for path in (good, bad))):
             raise AssertionError(f"{name} is read as something else")
         if READERS[name] == "sample":
-            flags = ["--vae" if name == "vae.pt" else "--model", str(bad), "--steps", "1", "--out", str(work / "x.gif")]
-            sample.main(["--run", str(work), "--prompt", "red", "--device", "cpu", *flags])
+            flags = ["--vae" if name == "vae.pt" else "--model", str(bad), "--out", str(work / "x.gif")]
+            sample.main(["--run", str(work), "--prompt", "red", "--sampling-steps", "1", "--device", "cpu", *flags])
         else:
             train(READERS[name], work, "--steps", "1")
     return act

@@ -61,7 +61,7 @@ TABLES = {
          *columns("text_alignment", "held_out_alignment", "color", "shape", "direction", "subject_consistency",
                   "motion_smoothness", "dynamic_degree", "frechet")],
         {f"{ratio}: {tokens} tokens, {steps:,} steps": [f"{LARGE} {ratio}", f"dit.py --steps {steps}",
-                                                        f"{SCORE} --steps 20"]
+                                                        f"{SCORE} --sampling-steps 20"]
          for ratio, (tokens, steps) in RATIOS.items()}),
     "prune": (
         [*columns("params", "test_loss", "text_alignment", "held_out_alignment", "frechet"), TRAINING],
@@ -105,8 +105,8 @@ TABLES = {
         {**{f"student, {n} steps": f"distill.py --sampling-steps {n}" for n in (1, 2, 8)},
          "**student, 4 steps**": "distill.py",
          "student, 2 steps, trained twice as long": "distill.py --sampling-steps 2 --steps 200",
-         **{f"teacher, {n} steps, CFG": f"{SCORE} --steps {n}" for n in (2, 4, 10, 40)},
-         **{f"teacher, {n} steps, no CFG": f"{SCORE} --steps {n} --cfg 1" for n in (4, 8, 20, 40)}}),
+         **{f"teacher, {n} steps, CFG": f"{SCORE} --sampling-steps {n}" for n in (2, 4, 10, 40)},
+         **{f"teacher, {n} steps, no CFG": f"{SCORE} --sampling-steps {n} --cfg 1" for n in (4, 8, 20, 40)}}),
     "speed": (
         columns("params", "evaluations", "seconds_per_clip", "text_alignment", "held_out_alignment",
                 "subject_consistency", "motion_smoothness", "dynamic_degree", "frechet"),

@@ -78,7 +78,7 @@ WHOLE = {  # flags that take a whole number above 0
     "dit": "--steps --batch-size --width --depth --heads --head-dim --ffn",
     "prune": "--steps --batch-size --mask-steps",
     "distill": "--steps --batch-size --sampling-steps --teacher-steps",
-    "sample": "--steps --fps --clips"}
+    "sample": "--sampling-steps --fps --score"}
 REAL = {  # flags that take a number of at least 0
     "vae": "--lr --kl --save-every", "dit": "--lr --cfg-dropout --save-every", "prune": "--lr --mask-lr --save-every",
     "distill": "--lr --discriminator-lr --frozen-blocks --learned-blocks --discriminator-ahead --adversarial "
@@ -113,9 +113,9 @@ FLAGS += [
     ("prune", "{run} --levels blocks,,ffn --out {new}/x.pt", "--levels"), ("prune", "{run} --kd loud", "loud"),
     ("prune", "--criterion luck", "luck"), ("distill", "--adversarial 0 --distillation 0", "nothing to learn"),
     ("distill", "{run} --frozen-blocks 7 --out {new}/x.pt", "frozen"),
-    ("sample", "{run}", "--prompt"), ("sample", "{run} --score --clips 1", "two"),
+    ("sample", "{run}", "--prompt"), ("sample", "{run} --score 1", "2"),
     ("sample", "{run} --prompt red --out red.avi", ".mp4"), ("sample", "{run} --prompt red --out red", ".mp4"),
-    ("sample", "{run} --prompt red --steps 2000000000", "memory"),
+    ("sample", "{run} --prompt red --sampling-steps 2000000000", "memory"),
     # The same folder twice, with other settings.
     ("vae", "{run} --lr 0.5", "lr"), ("vae", "{run} --size 9x16x16", "size"), ("dit", "{run} --seed 5", "seed"),
     ("prune", "{run} --criterion taylor", "criterion"), ("distill", "{run} --cfg 1", "cfg"),
@@ -160,6 +160,18 @@ def test_a_checkpoint_that_is_no_file(micro_run, tmp_path, name, flag, right, ki
     path.mkdir() if kind == "folder" else path.write_bytes(b"") if kind == "empty" else None
     word = {"missing": "makes it", "folder": "is a folder", "empty": "damaged"}[kind]
     refused(capsys, name, ["--run", micro_run, flag, path, *needs(name)], word, tmp_path, micro_run)
+
+
+def test_what_is_missing_is_said_from_the_first_stage_that_lacks(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("sample", ["--run", "x", "--prompt", "red", "--device", "cpu"]) == 2
+    chain = [f"python {script}.py --run x" for script in ("vae", "dit", "prune", "distill")]
+    assert " && ".join(chain) in capsys.readouterr().err
+    for name in "vae", "latents", "pruned":
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{name}.pt").touch()
+    assert call("sample", ["--run", "x", "--prompt", "red", "--device", "cpu"]) == 2
+    assert f"`{chain[1]} && {chain[3]}` makes it" in capsys.readouterr().err
 
 
 def flipped(data, where, bit=3):
@@ -623,6 +635,6 @@ def test_a_damaged_metrics_file_stops_nothing_from_being_saved(micro_run, tmp_pa
         assert call("dit", [*MICRO["dit"][1].split(), "--run", tmp_path, "--device", "cpu"]) == 0
         assert "dit" in json.loads((tmp_path / "metrics.json").read_text()) and not list(tmp_path.glob("*.resume"))
     else:
-        words = ["--run", tmp_path, "--score", "--clips", 2, "--steps", 1, "--device", "cpu"]
+        words = ["--run", tmp_path, "--score", 2, "--sampling-steps", 1, "--device", "cpu"]
         refused(capsys, "sample", words, "metrics.json", tmp_path)
     assert name == "dit" or (tmp_path / "metrics.json").read_bytes() == data

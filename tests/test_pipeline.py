@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def scored_run(micro_run):
-    sample.main(["--run", str(micro_run), "--score", "--clips", "4", "--steps", "2", "--device", "cpu"])
+    sample.main(["--run", str(micro_run), "--score", "4", "--sampling-steps", "2", "--device", "cpu"])
     export_coreml.main(["--run", str(micro_run)])
-    sample.main(["--run", str(micro_run), "--report", "--steps", "2", "--device", "cpu"])
+    sample.main(["--run", str(micro_run), "--report", "--sampling-steps", "2", "--device", "cpu"])
     return micro_run
 
 
@@ -113,10 +113,10 @@ def test_embeddings_of_your_own_replace_the_text_encoder(micro_run, tmp_path, ca
     for stage in "dit", "prune", "distill":
         train(stage, run)
     sample.main(["--run", str(run), "--prompt", "clip one", "--out", str(tmp_path / "one.gif"), "--device", "cpu"])
-    sample.main(["--run", str(run), "--score", "--clips", "2", "--steps", "2", "--device", "cpu"])
+    sample.main(["--run", str(run), "--score", "2", "--sampling-steps", "2", "--device", "cpu"])
     assert (tmp_path / "one.gif").exists()
     for clips, told in (tmp_path / "clips", False), (tmp_path / "moved", True):  # the report reads the clips again
-        sample.main(["--run", str(run), "--report", "--steps", "2", "--device", "cpu"])
+        sample.main(["--run", str(run), "--report", "--sampling-steps", "2", "--device", "cpu"])
         page = (run / "report.html").read_text()
         assert "&nbsp;clip one" in page and ("Left out: the input" in page) == told
         clips.exists() and clips.rename(tmp_path / "moved")

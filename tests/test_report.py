@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def report(run, *more):
-    sample.main(["--run", str(run), "--report", "--steps", "3", "--device", "cpu", *more])
+    sample.main(["--run", str(run), "--report", "--sampling-steps", "3", "--device", "cpu", *more])
     return (run / "report.html").read_text()
 
 
@@ -35,7 +35,7 @@ def reported(micro_run, tmp_path_factory):
     for file in micro_run.iterdir():
         if file.is_file():
             shutil.copy(file, run)
-    sample.main(["--run", str(run), "--score", "--clips", "4", "--steps", "2", "--device", "cpu"])
+    sample.main(["--run", str(run), "--score", "4", "--sampling-steps", "2", "--device", "cpu"])
     report(run)
     return run
 
@@ -91,7 +91,7 @@ def test_pictures_for_the_readme_are_made_and_are_valid(reported):
         assert len(list(ET.parse(reported / name).iter())) > 10
     for name in "compare.gif", "path.png":
         assert np.asarray(Image.open(reported / name)).std() > 1
-    assert "80 →" not in (reported / "pipeline.svg").read_text()  # the figures are the run's: --steps 2 made it 4 here
+    assert "80 →" not in (reported / "pipeline.svg").read_text()  # the figures are the run's: here it took 4
 
 
 def test_the_mask_map_fills_what_stays(reported):
@@ -194,8 +194,8 @@ def test_the_next_command_leads_to_the_same_run(run, preset, flags, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert vae.command("prune.py", Path(run), preset) == f"python prune.py{flags}"
     with pytest.raises(SystemExit):
-        vae.load(Path(run) / "masks.pt", "masks")
-    assert f"`python prune.py{flags}` makes it" in capsys.readouterr().err
+        vae.load(Path(run) / "vae.pt", "vae")
+    assert f"`python vae.py{flags}` makes it" in capsys.readouterr().err
 
 
 def test_a_gif_keeps_a_colour_that_few_pixels_have():
