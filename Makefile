@@ -30,6 +30,7 @@ test: .venv/ready
 	$(PY) -m pytest -q tests
 
 .venv/ready: requirements.txt
+	@echo "PyTorch and the rest are installed into .venv, once; that may take minutes"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

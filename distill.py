@@ -115,6 +115,8 @@ class Discriminator(nn.Module):
         c = dit.config
         if not 0 <= frozen_blocks <= c["depth"]:
             raise ValueError(f"{frozen_blocks} frozen blocks: the generator has {c['depth']}")
+        if head not in ("attention", "convolution"):
+            raise ValueError(f"head {head}: it is attention or convolution")
         self.time_conditioning = time_conditioning
         self.parser = copy.deepcopy(dit).requires_grad_(False)
         self.parser.blocks = self.parser.blocks[:frozen_blocks]

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,7 +74,8 @@ def tokenize(captions, vocabulary, length):
         print(f"warning: not in the training captions, so left out: {', '.join(unknown)[:200]}", file=sys.stderr)
     rows = [[index[w] for w in words(c) if w in index] for c in captions]
     if not all(rows):
-        fail(f"no word of '{captions[rows.index([])][:200]}' is known; known are: {', '.join(list(index)[1:20])}, ...")
+        fail(f"no word of '{captions[rows.index([])][:200]}' is known; known are: {', '.join(list(index)[1:20])}"
+             f"{', ...' * (len(index) > 20)}")
     if (longest := max(map(len, rows))) > length:
         print(f"warning: captions of up to {longest} words are cut to the first {length}", file=sys.stderr)
     rows = [row[:length] for row in rows]
@@ -132,7 +134,7 @@ def rotate(x, rope):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim], by PyTorch's fused kernel. On a CPU that kernel
     gains nothing from bfloat16; written out, a few heads at a time so that their scores stay small, it does."""
-    if q.is_meta:  # for `cost`: as a GPU would
+    if isinstance(q, FakeTensor):  # for `cost`: as a GPU would
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
@@ -403,28 +405,28 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if not function.is_view:
+        if function.namespace == "aten" and not function.is_view and "view" not in function.__name__:
             self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
         return out
 
 
 def cost(config, latent_shape, recompute=False):
-    """What one clip [c, t, h, w] costs a DiT in training, on PyTorch's meta device: nothing is allocated or computed.
+    """What one clip [c, t, h, w] costs a DiT in training, by PyTorch's fake tensors: nothing is allocated or computed.
     -> a dict: params, tokens, forward_flops, step_flops (forward and backward), step_bytes (read and written, without
-    the optimiser), activation_bytes (kept for the backward pass), in bfloat16."""
-    with torch.device("meta"):
-        dit, x0, t = DiT(**config).bfloat16(), torch.empty(1, *latent_shape).bfloat16(), torch.empty(1).bfloat16()
+    the optimiser), activation_bytes (kept for the backward pass, bfloat16 copies of the weights among them); float32
+    weights and bfloat16 products, as in training."""
+    with FakeTensorMode(), torch.enable_grad(), FlopCounterMode(display=False) as flops, Traffic() as traffic:
+        dit, x0, t = DiT(**config), torch.empty(1, *latent_shape), torch.empty(1)
         words, channels = config["text_tokens"], config.get("text_dim")
-        tokens = torch.empty(1, words, channels).bfloat16() if channels else torch.empty(1, words).long()
-    dit.recompute, kept = recompute, {}
-    weights = {p.untyped_storage()._cdata for p in dit.parameters()}
+        tokens = torch.empty(1, words, channels) if channels else torch.empty(1, words).long()
+        dit.recompute, kept = recompute, {}
+        weights, traffic.bytes = {p.untyped_storage()._cdata for p in dit.parameters()}, 0
 
-    def keep(x):  # what autograd saves; views of one storage count once
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
+        def keep(x):  # what autograd saves; views of one storage count once
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
 
-    with torch.enable_grad(), FlopCounterMode(display=False) as flops, Traffic() as traffic:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = flow_loss(dit, x0, tokens, torch.empty_like(x0), t)
         forward = flops.get_total_flops()
         loss.backward()
@@ -448,17 +450,17 @@ def planned(preset, size=None):
 
 def dry_run(config, latent_shape):
     """Prints what this DiT would cost; -> its parameters."""
-    def si(n):
-        return next(f"{n / scale:.3g} {unit}" for unit, scale in zip("TGMk ", (1e12, 1e9, 1e6, 1e3, 1)) if n >= scale)
+    def si(n, units="TGMk "):
+        return next(f"{n / scale:.3g} {unit}" for unit, scale in zip(units, (1e12, 1e9, 1e6, 1e3, 1)) if n >= scale)
 
     with torch.device("meta"):
         dit = DiT(**config)
     block, once, again = dit.blocks[0], cost(config, latent_shape), cost(config, latent_shape, recompute=True)
     print(f"{config['depth']} blocks, {config['heads']} heads of {config['head_dim']}, FFN {config['ffn']}, width "
-          f"{config['width']}: {si(once['params'])} parameters\n"
+          f"{config['width']}: {si(once['params'], 'TBMk ')} parameters\n"
           f"  a block: self-attention {si(count(block.self_attention))}, cross-attention "
-          f"{si(count(block.cross_attention))}, FFN {si(count(block.feed_forward))}; all {si(count(dit.blocks))}; "
-          f"text encoder {si(count(dit.text_encoder))}\n"
+          f"{si(count(block.cross_attention))}, FFN {si(count(block.feed_forward))}; all "
+          f"{si(count(dit.blocks), 'TBMk ')}; text encoder {si(count(dit.text_encoder))}\n"
           f"  a clip: latents {'x'.join(map(str, latent_shape))}, {once['tokens']:,} tokens; one evaluation "
           f"{si(once['forward_flops'])}FLOP\n"
           f"  weights, gradients, AdamW's two moments and EMA, in float32: {si(20 * once['params'])}B")

@@ -94,7 +94,7 @@ class Masks(nn.Module):
     """Learnable binary masks: one logit a unit, of which the `keep` largest in each row are on."""
 
     def __init__(self, scores, keep):
-        """scores: where the logits start, standardised a row; keep: {mask: units to keep a row} of what is cut."""
+        """scores: where the logits start, standardised a row; keep: {mask: units to keep a row}, by default all."""
         super().__init__()
         self.keep = keep
         centred = {name: s - s.mean(-1, keepdim=True) for name, s in scores.items()}
@@ -108,7 +108,8 @@ class Masks(nn.Module):
         masks = {}
         for name, logits in self.logits.items():
             units = logits.shape[-1]
-            k = round(self.keep[name] + (units - self.keep[name]) * (1 - progress) ** 3)
+            keep = self.keep.get(name, units)
+            k = round(keep + (units - keep) * (1 - progress) ** 3)
             hard = torch.zeros_like(logits).scatter(-1, logits.topk(k, dim=-1).indices, 1.0)
             soft = torch.sigmoid(logits)
             masks[name] = hard + soft - soft.detach()
@@ -250,6 +251,7 @@ def main(argv=None):
         return
     settings = {k: getattr(args, k) for k in ("blocks", "heads", "ffn", "levels", "criterion", "kd", "mask_steps",
                                               "mask_lr", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
+    settings |= {level: "all" for level in LEVELS if level not in levels}  # whatever the flag says, nothing is cut
     device, precision = set_up(args)
     teacher, checkpoint = load_dit(args.dit, device, "dit")
     with reading(args.latents):

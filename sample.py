@@ -532,6 +532,9 @@ def main(argv=None):
     if args.report:
         report(args, device, precision)
     if prompts:
+        others = [args.run / f"{stage}.pt" for stage in STAGES if (args.run / f"{stage}.pt").exists()]
+        if others and not args.model.exists():
+            fail(f"{args.model} is not there: `{maker(args.model, 'student')}` makes it; --model {others[-1]} is there")
         model, vae = Model(args.model, device, precision, args.sampling_steps, args.cfg), load_vae(args.vae, device)
         clips = decode(vae, model.checkpoint, model.make(prompts, args.seed)[0], precision)
         cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]

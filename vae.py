@@ -190,6 +190,8 @@ class Folder:
             keep = np.linspace(0, len(windows[split]) - 1, min(most, len(windows[split]))).round().astype(int)
             windows[split] = [windows[split][i] for i in keep]
         self.windows = windows["train"] + windows["test"]
+        print(f"{folder}: {len(self.videos)} clip(s), {len(windows['train'])} windows of {frames} frames to train on, "
+              f"{len(windows['test'])} to test")
         self.train = range(len(windows["train"]))
         self.test = range(len(windows["train"]), len(self.windows))
         self.captions = [names[v] for v, _ in self.windows]
@@ -214,11 +216,22 @@ class Folder:
 
 
 def open_data(data, size, clips, stride, seed):
+    return Shapes(*size, clips, seed) if data == "shapes" else Folder(data, *size, clips, stride)
+
+
+def listing(data):
+    """A number that changes with the captions in a folder and the sizes of what they belong to; 0 for `shapes`."""
     if data == "shapes":
-        return Shapes(*size, clips, seed)
+        return 0
     if not Path(data).is_dir():
         fail(f"--data {data} is neither `shapes` nor a folder")
-    return Folder(data, *size, clips, stride)
+    crc = 0
+    for path in sorted(Path(data).iterdir()):
+        with contextlib.suppress(OSError):  # what cannot be read is skipped by name later
+            if path.is_file() and path.with_suffix(".txt").exists():
+                text = path.read_bytes() if path.suffix == ".txt" else b""
+                crc = zlib.crc32(f"{path.name} {path.stat().st_size} ".encode() + text, crc)
+    return crc
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -403,9 +416,11 @@ def main(argv=None):
     training_flags(p)
     args = parse(p, PRESETS, argv, out="vae.pt", latents="latents.pt")
     check_size(args.size, args.ratio)
+    args.data = str(Path(args.data))  # a name that ends in / is the same folder
     settings = {k: getattr(args, k) for k in ("data", "size", "ratio", "stride", "clips", "latent_channels", "width",
                                               "res_blocks", "kl", "steps", "batch_size", "lr", "optimizer", "ema",
                                               "seed")}
+    settings["folder"] = listing(args.data)
     then = command("dit.py", args.run, args.preset)
     device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, then)
@@ -425,8 +440,7 @@ def main(argv=None):
 
     (t, h, w), (rt, rs, _) = args.size, args.ratio
     z_shape = args.latent_channels, 1 + (t - 1) // rt, h // rs, w // rs
-    clips = {"captions": zlib.crc32("\n".join(data.captions).encode())}  # a folder may have changed meanwhile
-    loop = Loop("vae", args, settings | clips, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
+    loop = Loop("vae", args, settings, args.steps, device, model=vae, ema=ema, optimizer=optimizer,
                 draw=lambda g: (data.clip(g.randint(len(data.train)).tolist()), g.randn(*z_shape)))
     shown = [data.test[i * (len(data.test) - 1) // 3] for i in range(4)]
     for step, (x, noise) in loop:
@@ -552,7 +566,7 @@ positive = between(1, kind=int)
 
 
 def parser(doc, presets, computes=True):
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--preset", choices=list(presets), default="tiny",
                    help="tiny: a laptop's CPU; toy: one GPU; mobile, server: the paper's sizes; "
                         "one preset for all stages of a run (default: tiny)")
@@ -872,7 +886,7 @@ def stop_if_done(paths, settings, then):
         lock(folder)
     there = {path: load(path, *COMMANDS) for path in paths if path.exists()}
     for path, old in there.items():
-        check_settings(path, old["settings"], settings)
+        check_settings(path, old["settings"], settings, there)
     # If the resume file is still there, `finish` was cut short: its last thing is to delete that.
     if len(there) == len(paths) and not resume_path(paths[0], COMMANDS[there[paths[0]]["stage"]][:-3]).exists():
         print(f"{paths[0]} is done; next: {then}")
@@ -906,13 +920,16 @@ def fingerprint(tensors):
     return crc
 
 
-def check_settings(path, old, new):
-    for key in new:
-        if old.get(key) != new[key]:
-            if key in ("latents", "teacher", "pruned"):  # fingerprints say nothing to a reader
-                fail(f"{path} was made from another {key} file than is there now: delete it to make it again")
-            fail(f"{path} was made with {key} = {old.get(key)}, not {new[key]}: ask for the same, delete the file, or "
-                 "copy what it is made from into another --run")
+def check_settings(path, old, new, files=()):
+    """Refuses what was made with other settings; files: all that would have to be made anew."""
+    differ, files = [key for key in new if old.get(key) != new[key]], " and ".join(map(str, files or [path]))
+    if said := [key for key in differ if key not in ("latents", "teacher", "pruned", "folder")]:
+        differences = "; ".join(f"{key} = {old.get(key)}, not {new[key]}" for key in said)
+        fail(f"{path} was made with {differences}: ask for the same, delete {files}, or copy what it is made from into "
+             "another --run")
+    if differ:  # fingerprints say nothing to a reader
+        source = "other clips than are" if differ[0] == "folder" else f"another {differ[0]} file than is"
+        fail(f"{path} was made from {source} there now: delete {files} to make it again")
 
 
 def resume_path(out, stage):

@@ -10,15 +10,18 @@ this machine's own rate for a 4096x4096 matrix product.
 """
 import argparse
 import math
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dit import PRESETS, DiT, cost, flow_loss, planned  # noqa: E402
@@ -64,7 +67,27 @@ def ratios(device, dtype, rounds):
         print(f"{ratio} : 8x32x32 = {measured[ratio] / measured['8x32x32']:.2f}, the paper's phone {ms / 380:.2f}")
 
 
+class Products(TorchDispatchMode):
+    """Notes the matrix products and the attention inside it, so that they can be run again without all else: no DiT of
+    this size can take less time with these kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        call = partial(function, *args, **(kwargs or {}))
+        if re.search("mm|scaled_dot_product", function.__name__):
+            self.calls.append(call)
+        return call()
+
+    def again(self):
+        for call in self.calls:
+            call()
+
+
 def training_step(config, shape, batch, optimizer, device, precision, rounds):
+    """-> seconds a step, and those of its products and attention alone."""
     dit = DiT(**config).to(device)
     optimizer = Optimizer(dit, SimpleNamespace(optimizer=optimizer, lr=1e-4, batch_size=batch), 1000)
     x0, noise = torch.randn(2, batch, *shape, device=device)
@@ -75,7 +98,10 @@ def training_step(config, shape, batch, optimizer, device, precision, rounds):
             loss = flow_loss(dit, x0, tokens, noise, t)
         optimizer.step(loss)
 
-    return seconds(step, device, rounds)
+    products = Products()
+    with products:
+        step()
+    return seconds(step, device, rounds), seconds(products.again, device, rounds)
 
 
 def slope(xs, ys):
@@ -92,16 +118,18 @@ def curves(device, precision, rounds):
 
     shapes = [(128, t, 12, 16) for t in (1, 2, 4, 8, 16)]
     tokens = [math.prod(s[1:]) for s in shapes]
-    times = [training_step(config(), s, 1, "adamw", device, precision, rounds) for s in shapes]
+    times = [training_step(config(), s, 1, "adamw", device, precision, rounds)[0] for s in shapes]
     flops = [cost(config(), s)["step_flops"] for s in shapes]
     kept = [cost(config(), s)["activation_bytes"] for s in shapes]
     for n, s, f, b in zip(tokens, times, flops, kept):
         print(f"{n:5} tokens: {s:.3f} s a step, {f / 1e12:.2f} TFLOP, {b / 1e6:.0f} MB of activations")
+    weights = kept[0] - (kept[1] - kept[0]) / (tokens[1] - tokens[0]) * tokens[0]  # bfloat16 copies: as for no token
     print(f"time grows as tokens^{slope(tokens, times):.2f}; FLOPs as ^{slope(tokens, flops):.2f} (predicted: 1 for "
-          f"matrices to 2 for attention); activations as ^{slope(tokens, kept):.2f} (predicted 1)")
+          f"matrices to 2 for attention); activations, but for {weights / 1e6:.0f} MB of weights in bfloat16, as "
+          f"^{slope(tokens, [k - weights for k in kept]):.2f} (predicted 1)")
     widths, shape = (256, 512, 768, 1024), (128, 4, 12, 16)
     params = [cost(config(w), shape)["params"] for w in widths]
-    times = [training_step(config(w), shape, 1, "adamw", device, precision, rounds) for w in widths]
+    times = [training_step(config(w), shape, 1, "adamw", device, precision, rounds)[0] for w in widths]
     for n, s in zip(params, times):
         print(f"{n / 1e6:5.1f} M parameters: {s:.3f} s a step of {math.prod(shape[1:])} tokens")
     print(f"time grows as parameters^{slope(params, times):.2f} (predicted 1)")
@@ -131,17 +159,18 @@ def steps(device, precision, rounds):
     for dtype in torch.float32, torch.bfloat16:
         def precision_512(dtype=dtype):
             return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        s, rate = training_step(config, (128, 7, 12, 16), 1, "adamw", device, precision_512, rounds), matmul_rate(
-            device, dtype)
+        s, least = training_step(config, (128, 7, 12, 16), 1, "adamw", device, precision_512, rounds)
+        rate = matmul_rate(device, dtype)
         flops = 3 * cost(config, (128, 7, 12, 16))["forward_flops"]
         print(f"width 512, 6 blocks, 1,344 tokens, {dtype}: {s:.3f} s a training step, {flops / s / 1e9:.0f} GFLOP/s, "
-              f"{flops / s / rate:.0%} of the {rate / 1e9:.0f} of a matrix product", flush=True)
+              f"{flops / s / rate:.0%} of the {rate / 1e9:.0f} of a matrix product; its products and attention alone "
+              f"{least:.3f} s, {flops / least / rate:.0%}", flush=True)
     own = PRESETS["tiny"]
     config = {k: own[k] for k in ("width", "depth", "heads", "head_dim", "ffn")}
     config |= dict(latent_channels=12, vocabulary=20, text_tokens=5)
     for batch in own["batch_size"], 64:
-        s = training_step(config, (12, 3, 4, 4), batch, own["optimizer"], device, precision, 4 * rounds)
-        print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s a training step")
+        s, least = training_step(config, (12, 3, 4, 4), batch, own["optimizer"], device, precision, 4 * rounds)
+        print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s a training step, its products alone {least:.3f} s")
 
 
 def main():

@@ -1,5 +1,6 @@
 """Our DiT beside the transformer that a user would otherwise take, diffusers' LTXVideoTransformer3DModel, at the same
-size: forward and training step (AdamW, weights in float32, bfloat16 by autocast), alternating in one process.
+size: forward and training step (AdamW, weights in float32, bfloat16 by autocast), alternating in one process, and with
+them the matrix products and the attention of ours without all else, below which no change to the rest can get.
 
     python tests/bench_diffusers.py                      # eager; on a CPU about five minutes
     python tests/bench_diffusers.py --compile --widths 512
@@ -11,13 +12,15 @@ import contextlib
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from bench_cost import Products  # noqa: E402
 from dit import DiT, flow_loss  # noqa: E402
 from vae import Optimizer, set_up  # noqa: E402
 
@@ -71,24 +74,33 @@ def main():
             settings = SimpleNamespace(optimizer="adamw", lr=1e-5, batch_size=1)
             optimizers = {name: Optimizer(model, settings, 1000) for name, (model, _) in pair.items()}
             for task in "forward", "training step":
-                seconds = {name: [] for name in pair}
+                def work(name):
+                    with torch.no_grad() if task == "forward" else contextlib.nullcontext():  # noqa: B023
+                        with precision():  # noqa: B023
+                            loss = pair[name][1]()  # noqa: B023
+                        if task == "training step":  # noqa: B023
+                            optimizers[name].step(loss)  # noqa: B023
+
+                runs, seconds = {name: partial(work, name) for name in pair}, {}
+                if not args.compile:
+                    with Products() as products:
+                        work("ours")
+                    runs["products"] = products.again
                 for _ in range(args.rounds + 1):
-                    for name, (_, loss_fn) in pair.items():
+                    for name, run in runs.items():
                         start = time.perf_counter()
-                        with torch.no_grad() if task == "forward" else contextlib.nullcontext():
-                            with precision():
-                                loss = loss_fn()
-                            if task == "training step":
-                                optimizers[name].step(loss)
-                        loss.item()  # waits for a GPU
+                        run()
                         if device.type == "cuda":
                             torch.cuda.synchronize()
-                        seconds[name].append(time.perf_counter() - start)
-                ours, theirs = (seconds[name][1:] for name in ("ours", "diffusers"))
-                ratios = sorted(a / b for a, b in zip(ours, theirs))
-                print(f"width {width}, {DEPTH[width]} blocks, {dtype}, {task}: ours {median(ours):.3f} s, diffusers "
-                      f"{median(theirs):.3f} s, ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-                      flush=True)
+                        seconds.setdefault(name, []).append(time.perf_counter() - start)
+                theirs = seconds.pop("diffusers")[1:]
+                print(f"width {width}, {DEPTH[width]} blocks, {dtype}, {task}: diffusers {median(theirs):.3f} s",
+                      end="")
+                for name, times in seconds.items():
+                    ratios = sorted(a / b for a, b in zip(times[1:], theirs))
+                    print(f"; {name} {median(times[1:]):.3f} s, ratio {median(ratios):.2f} ({ratios[0]:.2f} to "
+                          f"{ratios[-1]:.2f})", end="")
+                print(flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -101,7 +102,7 @@ FLAGS += [
     ("vae", "--data nowhere", "nowhere"), ("vae", "--data README.md", "--data"), ("vae", "--device warp", "warp"),
     ("vae", "--device meta", "meta"), ("vae", "--device cuda:99", "cuda:99"), ("vae", "--dtype float8", "float8"),
     ("vae", "--preset huge", "huge"), ("vae", "--optimizer sgd", "sgd"), ("vae", "--speed 3", "--speed"),
-    ("vae", "--steps", "--steps"), ("vae", "extra", "extra"),
+    ("vae", "--steps", "--steps"), ("vae", "extra", "extra"), ("dit", "--step 3", "--step"),
     ("vae", "--width 1073741824 --latent-channels 8", "memory"),
     ("dit", "{run} --out {new}/x.pt --head-dim 5", "even"), ("dit", "{run} --out {new}/x.pt --width 34", "32"),
     ("dit", "{run} --out {new}/x.pt --width 4", "8"), ("dit", "{run} --ffn 2000000000 --out {new}/x.pt", "memory"),
@@ -172,6 +173,12 @@ def test_what_is_missing_is_said_from_the_first_stage_that_lacks(tmp_path, capsy
         (tmp_path / "x" / f"{name}.pt").touch()
     assert call("sample", ["--run", "x", "--prompt", "red", "--device", "cpu"]) == 2
     assert f"`{chain[1]} && {chain[3]}` makes it" in capsys.readouterr().err
+
+
+def test_a_teacher_is_pointed_to_where_there_is_no_student_yet(micro_run, tmp_path, capsys, monkeypatch):
+    shutil.copy(micro_run / "dit.pt", tmp_path)
+    words = ["--run", tmp_path, "--prompt", "red"]
+    refused(capsys, "sample", words, f"--model {tmp_path / 'dit.pt'} is there", tmp_path)
 
 
 def flipped(data, where, bit=3):
@@ -531,9 +538,15 @@ def test_a_folder_that_changed_while_the_run_was_stopped(tmp_path, capsys, monke
     monkeypatch.undo()
     shutil.copy(clips / "good.mp4", clips / "more.mp4")
     (clips / "more.txt").write_text("a clip that came later")
-    assert train_on(clips, tmp_path / "run")[0] == 2 and "was made with captions" in capsys.readouterr().err
+    assert train_on(clips, tmp_path / "run")[0] == 2 and "other clips than are there" in capsys.readouterr().err
     (clips / "more.txt").unlink()
     assert train_on(clips, tmp_path / "run") == (0, {"a good clip"})
+    said = capsys.readouterr().out
+    assert "1 clip(s), " in said and " to train on, " in said
+    assert train_on(f"{clips}/", tmp_path / "run")[0] == 0 and "is done" in capsys.readouterr().out
+    (clips / "good.txt").write_text("a bold clip")
+    assert train_on(clips, tmp_path / "run")[0] == 2
+    assert re.search(r"there now: delete \S+vae.pt and \S+latents.pt", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

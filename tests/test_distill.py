@@ -32,6 +32,12 @@ def test_the_discriminators_frozen_part_never_moves_and_the_rest_does(micro_dit)
     assert len(d.parser.blocks) == 2 and len(micro_dit.blocks) == 3
 
 
+def test_a_discriminator_of_no_known_design_is_refused(micro_dit):
+    for design in dict(head="linear"), dict(frozen_blocks=4):
+        with pytest.raises(ValueError):
+            distill.Discriminator(micro_dit, **{"frozen_blocks": 2, "learned_blocks": 1, **design})
+
+
 def test_the_discriminator_is_conditioned_on_time_and_text(micro_dit):
     x, tokens, _ = inputs()
     d, s = distill.Discriminator(micro_dit, 2, 1), torch.full((3,), 0.1)

@@ -117,6 +117,25 @@ def test_written_out_attention_is_attention():
     torch.testing.assert_close(dit.attend(q, k, v).float(), reference, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_memory_that_a_dry_run_says_is_what_a_step_keeps(recompute, monkeypatch):
+    config = dict(latent_channels=4, width=64, depth=3, heads=4, head_dim=16, ffn=256, vocabulary=9, text_tokens=5)
+    model, x0, kept = dit.DiT(**config), torch.randn(1, 4, 3, 4, 5), {}
+    model.recompute = recompute
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    monkeypatch.setattr(dit, "attend", F.scaled_dot_product_attention)  # what a GPU has: attention keeps no scores
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        dit.flow_loss(model, x0, torch.ones(1, 5).long(), torch.randn_like(x0), torch.rand(1))
+    measured = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    monkeypatch.undo()
+    assert dit.cost(config, x0.shape[1:], recompute)["activation_bytes"] == pytest.approx(measured, rel=0.01)
+
+
 def test_the_cost_of_a_size_is_what_arithmetic_says():
     config, shape = dit.planned("mobile", (49, 384, 512))
     assert shape == (128, 7, 12, 16)
@@ -129,7 +148,7 @@ def test_the_cost_of_a_size_is_what_arithmetic_says():
 
 
 @pytest.mark.parametrize("command, expected", [
-    ("dit --preset server", ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1.91 G"]),
+    ("dit --preset server", ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1.91 B"]),
     ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "38.2 GB"]),
     ("prune --preset mobile", ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"])])
 def test_a_dry_run_prices_the_papers_sizes_without_making_them(command, expected, capsys):

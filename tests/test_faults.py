@@ -83,6 +83,17 @@ def test_the_lock_of_a_killed_run_is_gone_and_only_the_first_process_of_a_torchr
     assert status_of(train, stage, tmp_path) == 0 and "is done" in capsys.readouterr().out
 
 
+def test_all_that_differs_is_said_but_nothing_of_levels_that_are_not_cut(micro_run, tmp_path, capsys):
+    for name in "latents.pt", "dit.pt":
+        shutil.copy(micro_run / name, tmp_path / name)
+    train("prune", tmp_path, "--levels", "heads")
+    assert status_of(train, "prune", tmp_path, "--levels", "ffn", "--ffn", "32", "--lr", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "heads = 2, not all; ffn = all, not 32; levels = heads, not ffn; lr = " in error and "blocks = " not in error
+    assert f"delete {tmp_path / 'pruned.pt'} and {tmp_path / 'masks.pt'}" in error
+    assert status_of(train, "prune", tmp_path, "--levels", "heads", "--ffn", "32") == 0  # nothing that it would change
+
+
 def test_masks_of_other_settings_are_not_overwritten_by_a_run_with_another_out(micro_run, tmp_path, capsys):
     for name in "latents.pt", "dit.pt", "masks.pt":
         shutil.copy(micro_run / name, tmp_path / name)

@@ -1,6 +1,7 @@
 """The scripts as a person uses them: command lines, files, resuming, the Core ML packages."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,18 @@ def scored_run(micro_run):
     export_coreml.main(["--run", str(micro_run)])
     sample.main(["--run", str(micro_run), "--report", "--sampling-steps", "2", "--device", "cpu"])
     return micro_run
+
+
+def test_the_readmes_example_of_parts_in_other_code_computes_what_it_says():
+    torch.manual_seed(0)
+    own, (code,) = {}, re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    exec(code, own)
+    x, t, dense, whole = own["noise"], own["t"], own["small"], own["dit"]
+    masked = whole(x, t, whole.text_encoder(own["tokens"]), own["masks"])
+    torch.testing.assert_close(dense(x, t, dense.text_encoder(own["tokens"])), masked)
+    assert masked.abs().max() > 1e-3 and vae.count(dense) < 0.8 * vae.count(whole)
+    parser, learned = own["discriminator"].parser, own["discriminator"].blocks
+    assert all(p.grad is None for p in parser.parameters()) and all(p.grad is not None for p in learned.parameters())
 
 
 def test_the_chain_leaves_every_file_and_figure_that_the_design_names(scored_run):
