@@ -480,7 +480,7 @@ def main(argv=None):
     p = parser(__doc__, PRESETS, computes=False)
     p.add_argument("--model", type=Path, help="the few-step student, from distill.py")
     p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py")
-    p.add_argument("--out", type=Path, help="folder for the packages and manifest.json")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the packages and manifest.json")
     p.add_argument("--weights", choices=WEIGHTS, default="float16", help="how weights are stored (default: float16)")
     p.add_argument("--chunks", type=positive, default=1, help="packages that the generator is cut into (default: 1)")
     p.add_argument("--ffn-tiles", type=positive, default=1, help="slices of the FFN's hidden channels (default: 1)")
