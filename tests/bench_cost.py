@@ -6,7 +6,7 @@
     python tests/bench_cost.py steps      # training steps: width 512 in both precisions, preset tiny
 
 Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single run). Shares are of
-this machine's own rate for a 4096x4096 matrix product.
+this machine's own rate for a 4096x4096 matrix product, which `steps` takes in turn with the step.
 """
 import argparse
 import math
@@ -30,20 +30,23 @@ from vae import Optimizer, save, set_up  # noqa: E402
 PAPER_MS = {"4x16x16": 7900, "8x32x32": 380, "8x64x64": 90}  # a DiT step on the paper's phone
 
 
-def seconds(run, device, rounds, warm_up=1):
-    times = []
+def seconds(*runs, device, rounds, warm_up=1):
+    """Median seconds of each, taken in turn, so that a slow moment of the machine meets them all."""
+    times = [[] for _ in runs]
     for _ in range(warm_up + rounds):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[warm_up:])
+        for run, its in zip(runs, times):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            its.append(time.perf_counter() - start)
+    return [median(its[warm_up:]) for its in times]
 
 
-def matmul_rate(device, dtype, n=4096):
+def matrix_product(device, dtype, n=4096):
+    """-> a large matrix product to run, and its FLOPs."""
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / seconds(lambda: a @ a, device, 5)
+    return lambda: a @ a, 2 * n ** 3
 
 
 def ratios(device, dtype, rounds):
@@ -51,15 +54,16 @@ def ratios(device, dtype, rounds):
     dit = DiT(**config).to(device, dtype).requires_grad_(False)
     for p in dit.parameters():
         p.normal_(std=0.02)
-    rate, measured = matmul_rate(device, dtype), {}
+    product, product_flops = matrix_product(device, dtype)
+    rate, measured = product_flops / seconds(product, device=device, rounds=rounds)[0], {}
     print(f"{dtype}, a matrix product runs at {rate / 1e9:.0f} GFLOP/s")
     for ratio in ("8x64x64", "8x32x32", "8x16x16", "4x16x16"):
         rt, rs = (int(n) for n in ratio.split("x")[:2])
         shape = config["latent_channels"], 1 + 48 // rt, 384 // rs, 512 // rs
         x_t, t = torch.randn(1, *shape, device=device, dtype=dtype), torch.ones(1, device=device, dtype=dtype)
         text = torch.randn(1, config["text_tokens"], config["width"], device=device, dtype=dtype)
-        times = (rounds, 1) if device.type == "cuda" or math.prod(shape[1:]) < 5000 else (1, 0)  # minutes, on a CPU
-        measured[ratio] = seconds(lambda: dit(x_t, t, text), device, *times)  # noqa: B023
+        n, first = (rounds, 1) if device.type == "cuda" or math.prod(shape[1:]) < 5000 else (1, 0)  # minutes, on a CPU
+        measured[ratio], = seconds(lambda: dit(x_t, t, text), device=device, rounds=n, warm_up=first)  # noqa: B023
         flops = cost(config, shape)["forward_flops"]
         print(f"{ratio}: {math.prod(shape[1:])} tokens, {flops / 1e12:6.2f} TFLOP, {measured[ratio]:7.2f} s, "
               f"{flops / measured[ratio] / 1e9:.0f} GFLOP/s, {flops / measured[ratio] / rate:.0%} of it", flush=True)
@@ -86,8 +90,8 @@ class Products(TorchDispatchMode):
             call()
 
 
-def training_step(config, shape, batch, optimizer, device, precision, rounds):
-    """-> seconds a step, and those of its products and attention alone."""
+def training_step(config, shape, batch, optimizer, device, precision, rounds, beside=()):
+    """-> seconds a step, those of its products and attention alone, and those of what is to be timed beside them."""
     dit = DiT(**config).to(device)
     optimizer = Optimizer(dit, SimpleNamespace(optimizer=optimizer, lr=1e-4, batch_size=batch), 1000)
     x0, noise = torch.randn(2, batch, *shape, device=device)
@@ -98,10 +102,9 @@ def training_step(config, shape, batch, optimizer, device, precision, rounds):
             loss = flow_loss(dit, x0, tokens, noise, t)
         optimizer.step(loss)
 
-    products = Products()
-    with products:
+    with Products() as products:
         step()
-    return seconds(step, device, rounds), seconds(products.again, device, rounds)
+    return seconds(step, products.again, *beside, device=device, rounds=rounds, warm_up=3)  # memory settles by then
 
 
 def slope(xs, ys):
@@ -159,9 +162,9 @@ def steps(device, precision, rounds):
     for dtype in torch.float32, torch.bfloat16:
         def precision_512(dtype=dtype):
             return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        s, least = training_step(config, (128, 7, 12, 16), 1, "adamw", device, precision_512, rounds)
-        rate = matmul_rate(device, dtype)
-        flops = 3 * cost(config, (128, 7, 12, 16))["forward_flops"]
+        product, product_flops = matrix_product(device, dtype)
+        s, least, its = training_step(config, (128, 7, 12, 16), 1, "adamw", device, precision_512, rounds, [product])
+        rate, flops = product_flops / its, 3 * cost(config, (128, 7, 12, 16))["forward_flops"]
         print(f"width 512, 6 blocks, 1,344 tokens, {dtype}: {s:.3f} s a training step, {flops / s / 1e9:.0f} GFLOP/s, "
               f"{flops / s / rate:.0%} of the {rate / 1e9:.0f} of a matrix product; its products and attention alone "
               f"{least:.3f} s, {flops / least / rate:.0%}", flush=True)
