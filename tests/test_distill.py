@@ -97,7 +97,7 @@ def test_with_nothing_to_tell_apart_the_hinge_loss_cannot_fall_below_two(micro_d
     real, tokens, noise = inputs()
     d = distill.Discriminator(micro_dit, 1, 1)
     loss, told = distill.discriminator_loss(d, real, real.clone(), torch.full((3,), 0.1), noise, tokens)
-    assert loss >= 2 and told == pytest.approx(0.5)
+    assert loss >= 2 - 1e-5 and told == pytest.approx(0.5)  # but for rounding
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
