@@ -216,8 +216,8 @@ def main(argv=None):
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = Optimizer(student, args, args.steps)
-    d_optimizer = Optimizer(discriminator, args, args.steps, args.discriminator_lr)
+    optimizer = Optimizer(student, args, args.steps, precision)
+    d_optimizer = Optimizer(discriminator, args, args.steps, precision, args.discriminator_lr)
     predict = torch.compile(predict_x0) if args.compile else predict_x0
     times, shape = student_times(args.sampling_steps), data.latents.shape[1:]
 

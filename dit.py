@@ -176,8 +176,8 @@ class FeedForward(nn.Module):
     def forward(self, x, channel_mask=None):
         if self.tiles > 1:  # the tiled GEMM of the paper's second version: the hidden activation never exists whole
             slices = zip(self.up.weight.chunk(self.tiles), self.down.weight.chunk(self.tiles, dim=1))
-            return sum(F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down) for up, down in slices)
-        x = F.gelu(self.up(x), approximate="tanh")
+            return sum(F.linear(F.gelu(F.linear(x, up)), down) for up, down in slices)
+        x = F.gelu(self.up(x))
         return self.down(x if channel_mask is None else x * channel_mask)
 
 
@@ -201,7 +201,7 @@ class Block(nn.Module):
         mask = mask or {}
         keep = mask.get("blocks", 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation).unsqueeze(2).unbind(1)
-        h = self.norm1(x) * (1 + scale1) + shift1
+        h = (self.norm1(x) * (1 + scale1) + shift1).type_as(modulation)  # cast once, for q, k and v
         x = x + keep * gate1 * self.self_attention(h, rope=rope, head_mask=mask.get("self_heads"))
         x = x + keep * self.cross_attention(self.norm2(x), text, head_mask=mask.get("cross_heads"))
         h = self.norm3(x) * (1 + scale2) + shift2
@@ -507,7 +507,7 @@ def main(argv=None):
               data.text_tokens, data.text_dim).to(device)
     dit.recompute = args.recompute
     ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = Optimizer(dit, args, args.steps)
+    optimizer = Optimizer(dit, args, args.steps, precision)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
     samples = Samples("dit", args, data, device)
 

@@ -271,7 +271,7 @@ def main(argv=None):
     student, masks = copy.deepcopy(teacher).train().requires_grad_(True), Masks(scores, keep).to(device)
     student.recompute = args.recompute
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
-    optimizer = Optimizer(student, args, args.mask_steps)
+    optimizer = Optimizer(student, args, args.mask_steps, precision)
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=args.mask_lr, momentum=0.9)
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student, masks=masks,
                 optimizer=optimizer, mask_optimizer=mask_optimizer)
@@ -301,7 +301,7 @@ def main(argv=None):
 
     # 4. recovery
     ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = Optimizer(dense, args, args.steps)
+    optimizer = Optimizer(dense, args, args.steps, precision)
     samples = Samples("pruned", args, data, device)
     recovery = Loop("prune", args, settings, args.steps, device, draw, dense=dense, ema=ema, optimizer=optimizer)
     for step, batch in recovery:

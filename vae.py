@@ -249,10 +249,11 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if self.float16_safe:  # for the phone: above 256 a square leaves float16's range, so scale first
             x = x / x.abs().amax(self.axis, keepdim=True).clamp(min=1e-3)
-        x = x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6)
+        x = x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6).to(x.dtype)
         if self.weight is None:
             return x
-        return x * (self.weight if self.axis == -1 else self.weight.view(-1, *[1] * (x.ndim - 2)))
+        weight = self.weight.to(x.dtype)
+        return x * (weight if self.axis == -1 else weight.view(-1, *[1] * (x.ndim - 2)))
 
 
 class CausalConv3d(nn.Conv3d):
@@ -432,10 +433,10 @@ def main(argv=None):
         vae = VAE(args.ratio, args.latent_channels, args.width, args.res_blocks)
     except ValueError as error:
         fail(str(error))
-    vae.to(device, memory_format=torch.channels_last_3d)
+    vae.to(device)
     vae.recompute = args.recompute
     ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = Optimizer(vae, args, args.steps)
+    optimizer = Optimizer(vae, args, args.steps, precision)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
 
     (t, h, w), (rt, rs, _) = args.size, args.ratio
@@ -694,14 +695,15 @@ class Draws:
 class Optimizer:
     """AdamW as the paper states (`--optimizer adamw`), or Muon for the weight matrices of linear and convolution
     layers with AdamW for all else, which gets further in the few steps of a laptop. A step clips the gradient, updates,
-    and moves the learning rate: up in 30 steps (at most a tenth), then down to zero along a cosine."""
+    and moves the learning rate: up in 30 steps (at most a tenth), then down to zero along a cosine. precision: of
+    Muon's matrix products, as `set_up` returns it."""
 
-    def __init__(self, model, args, steps, lr=None):
+    def __init__(self, model, args, steps, precision=contextlib.nullcontext, lr=None):
         lr, matrices = lr or args.lr, {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv3d))}
         matrices = matrices if args.optimizer == "muon" else set()
         trained, self.batch = [p for p in model.parameters() if p.requires_grad], args.batch_size
         muon, rest = ([p for p in trained if (id(p) in matrices) == yes] for yes in (True, False))
-        self.parameters, self.parts = trained, []
+        self.parameters, self.parts, self.precision = trained, [], precision
         if muon:
             self.parts.append(Muon(muon, lr))
         self.parts.append(torch.optim.AdamW(rest, lr / 20 if muon else lr, betas=(0.9, 0.99), fused=True))
@@ -719,8 +721,9 @@ class Optimizer:
         loss.backward(inputs=parameters)
         average([p.grad for p in parameters if p.grad is not None], self.batch)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in self.parts + self.schedules:
-            part.step()
+        with self.precision():  # Muon's products
+            for part in self.parts + self.schedules:
+                part.step()
 
     def state_dict(self):
         return {"parts": [p.state_dict() for p in self.parts], "schedules": [s.state_dict() for s in self.schedules]}
@@ -751,17 +754,9 @@ class Muon(torch.optim.Optimizer):
                 tall = x.shape[1] > x.shape[2]
                 x = x.mT if tall else x
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-                gram, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-
-                def quintic(gram, start=3.4445 * eye):
-                    return start + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-
-                q = step = quintic(gram)
-                for _ in range(4):  # on the small Gram matrices: the long x is touched twice only
-                    gram = step @ gram @ step
-                    step = quintic(gram)
-                    q = step @ q
-                x = q @ x
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
                 rate = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
                 for (p, _), update in zip(pairs, x.mT if tall else x):
                     p.add_(update.reshape(shape), alpha=-rate)

@@ -93,7 +93,8 @@ class Products(TorchDispatchMode):
 def training_step(config, shape, batch, optimizer, device, precision, rounds, beside=()):
     """-> seconds a step, those of its products and attention alone, and those of what is to be timed beside them."""
     dit = DiT(**config).to(device)
-    optimizer = Optimizer(dit, SimpleNamespace(optimizer=optimizer, lr=1e-4, batch_size=batch), 1000)
+    settings = SimpleNamespace(optimizer=optimizer, lr=1e-4, batch_size=batch)
+    optimizer = Optimizer(dit, settings, 1000, precision)
     x0, noise = torch.randn(2, batch, *shape, device=device)
     t, tokens = torch.rand(batch, device=device), torch.ones(batch, config["text_tokens"], device=device).long()
 
