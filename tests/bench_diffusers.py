@@ -58,7 +58,7 @@ def contestants(width, device, compile):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--widths", type=int, nargs="+", default=[512, 2048], choices=DEPTH)
-    p.add_argument("--rounds", type=int, default=7, help="counted runs of each, after one that is not")
+    p.add_argument("--rounds", type=int, default=7, help="counted runs of each, after three that let memory settle")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--device", default="auto")
     p.add_argument("--packages", type=Path, default=Path("build/diffusers"), help="where diffusers is installed")
@@ -72,7 +72,7 @@ def main():
             device, precision = set_up(SimpleNamespace(device=args.device, dtype=dtype))
             pair = contestants(width, device, args.compile)
             settings = SimpleNamespace(optimizer="adamw", lr=1e-5, batch_size=1)
-            optimizers = {name: Optimizer(model, settings, 1000) for name, (model, _) in pair.items()}
+            optimizers = {name: Optimizer(model, settings, 1000, precision) for name, (model, _) in pair.items()}
             for task in "forward", "training step":
                 def work(name):
                     with torch.no_grad() if task == "forward" else contextlib.nullcontext():  # noqa: B023
@@ -86,19 +86,19 @@ def main():
                     with Products() as products:
                         work("ours")
                     runs["products"] = products.again
-                for _ in range(args.rounds + 1):
+                for _ in range(args.rounds + 3):
                     for name, run in runs.items():
                         start = time.perf_counter()
                         run()
                         if device.type == "cuda":
                             torch.cuda.synchronize()
                         seconds.setdefault(name, []).append(time.perf_counter() - start)
-                theirs = seconds.pop("diffusers")[1:]
+                theirs = seconds.pop("diffusers")[3:]
                 print(f"width {width}, {DEPTH[width]} blocks, {dtype}, {task}: diffusers {median(theirs):.3f} s",
                       end="")
                 for name, times in seconds.items():
-                    ratios = sorted(a / b for a, b in zip(times[1:], theirs))
-                    print(f"; {name} {median(times[1:]):.3f} s, ratio {median(ratios):.2f} ({ratios[0]:.2f} to "
+                    ratios = sorted(a / b for a, b in zip(times[3:], theirs))
+                    print(f"; {name} {median(times[3:]):.3f} s, ratio {median(ratios):.2f} ({ratios[0]:.2f} to "
                           f"{ratios[-1]:.2f})", end="")
                 print(flush=True)
 

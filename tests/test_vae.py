@@ -158,3 +158,13 @@ def test_muon_makes_every_direction_of_a_matrix_count_the_same():
     singular = torch.linalg.svdvals(weight)
     assert singular.min() > 0.5 and singular.max() < 1.3
     assert (weight * gradient).sum() < 0  # and it goes downhill
+
+
+def test_muon_blows_up_no_direction_in_half_precision():
+    """A gradient of low rank is the hard case: rounding stands where its small singular values would be."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(32, 64))
+    weight.grad = torch.randn(32, 3) @ torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        vae.Muon([weight], lr=1.0).step()
+    assert 0.5 < torch.linalg.svdvals(weight)[:3].min() and torch.linalg.svdvals(weight).max() < 1.3
