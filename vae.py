@@ -252,7 +252,7 @@ class RMSNorm(nn.Module):
         x = x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6).to(x.dtype)
         if self.weight is None:
             return x
-        weight = self.weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)  # under autocast, or all that follows would be float32
         return x * (weight if self.axis == -1 else weight.view(-1, *[1] * (x.ndim - 2)))
 
 
