@@ -1,5 +1,6 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
+# make demo PRESET=toy                     the same at another preset
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
@@ -8,23 +9,26 @@
 
 PYTHON ?= python3
 DATA ?= shapes
-RUN ?= runs/tiny
+PRESET ?= tiny
+RUN ?= runs/$(PRESET)
 SEEDS ?= 3
 PY = .venv/bin/python
+WHERE = --preset $(PRESET) --run "$(RUN)"
 
 .PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
 
 demo: .venv/ready
-	$(PY) vae.py --run "$(RUN)" --data "$(DATA)"
-	$(PY) dit.py --run "$(RUN)"
-	$(PY) prune.py --run "$(RUN)"
-	$(PY) distill.py --run "$(RUN)"
-	$(PY) sample.py --run "$(RUN)" --score
-	$(PY) export_coreml.py --run "$(RUN)"
-	$(PY) sample.py --run "$(RUN)" --report
+	$(PY) vae.py $(WHERE) --data "$(DATA)"
+	$(PY) dit.py $(WHERE)
+	$(PY) prune.py $(WHERE)
+	$(PY) distill.py $(WHERE)
+	$(PY) sample.py $(WHERE) --score
+	@if $(PY) -c "import coremltools" 2> /dev/null; then echo $(PY) export_coreml.py; $(PY) export_coreml.py $(WHERE); \
+	else echo "Left out: the export. There is no coremltools for this Python or system."; fi
+	$(PY) sample.py $(WHERE) --report
 	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures; coreml/, for the phone.\n'
 	@printf 'Open $(RUN)/report.html: clips, scores, masks, losses. Then ask for something of your own:\n'
-	@printf '    $(PY) sample.py --run "$(RUN)" --prompt "..." --out mine.gif\n'
+	@printf '    $(PY) sample.py $(WHERE) --prompt "..." --out mine.gif\n'
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -39,7 +43,7 @@ table-scores table-vae table-prune table-disc table-steps table-speed: .venv/rea
 	$(PY) tests/tables.py $(@:table-%=%) --seeds $(SEEDS)
 
 pictures: demo
-	mkdir -p docs && cd "$(RUN)" && cp compare.gif path.png masks.svg pipeline.svg "$(CURDIR)/docs/"
+	cp "$(RUN)/compare.gif" "$(RUN)/path.png" docs/
 	test ! -f runs/tables/steps.svg || cp runs/tables/steps.svg docs/
 
 clean:

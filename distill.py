@@ -1,27 +1,29 @@
-"""Adversarial step distillation: 40 guided steps (80 network evaluations) become 4 steps (4 evaluations).
+"""Adversarial step distillation: 40 guided steps (80 evaluations) become 4 steps (4 evaluations).
 
-The idea (paper, adversarial step distillation). The student learns to jump from any of four noise levels straight to
-clean latents. A discriminator, made for a DiT, tells its results from real latents. Stated: it inherits the
-generator's first K blocks, frozen, as a time-conditioned feature parser, and adds learnable layers with full 3D
-attention and cross-attention to the text. Result: 4 steps without classifier-free guidance (CFG).
+The idea (paper, adversarial step distillation). The student learns to jump from any of four noise
+levels straight to clean latents. A discriminator, made for a DiT, tells its results from real
+latents. Stated: it inherits the generator's first K blocks, frozen, as a time-conditioned feature
+parser, and adds learnable layers with full 3D attention and cross-attention to the text. Result:
+4 steps without classifier-free guidance (CFG).
 
     x_t at one of 4 levels --> generator (starts as the pruned DiT) --> x0 = x_t - t * velocity
-                                                                         |  noise again, level s, real ones alike
-    caption, s, noisy real or generated latents --> K frozen blocks --> learnable blocks --> one score a token
-                                                    (never trained)     3D attention,        -> mean: real or not
-                                                                        cross-attention
-Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the same low level s
-before they are judged; the discriminator gets a head start, or the student outruns it; x0 is noised again between
-sampling steps; a distillation term pulls x0 towards the end of the teacher's CFG trajectory from the same x_t;
-optionally a smoothness term on the discriminator (approximate R1).
+                                                                          |  noise again, level s,
+    caption, s, noisy real or generated latents                           v  on real ones as well
+         --> K frozen blocks --> trainable blocks --> one score per token --> mean: real or not
+             (never trained)     (3D attention, cross-attention)
 
-    python distill.py                   # runs/tiny/pruned.pt, dit.pt, latents.pt -> student.pt, discriminator.pt
+Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the
+same low level s before they are judged; the shared modulation is frozen, too; the discriminator
+trains alone for some warm-up steps, or the student outruns it; x0 is noised again between sampling
+steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG trajectory
+from the same x_t; an optional approximate R1 term.
+
+    python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --adversarial 0   # the distillation term alone
-    python distill.py --distillation 0 --adversarial 1 --lr 0.001 --discriminator-ahead 20     # the adversary alone
+    python distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20
 """
 import argparse
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,241 +31,297 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dit import Block, DiT, Latents, Samples, add_noise, context, guided_velocity, load_dit, logit_normal
-from vae import (Loop, Optimizer, RMSNorm, between, check_settings, command, count, fail, fingerprint, finish, load,
-                 parse, parser, positive, reading, save, script, set_up, stop_if_done, training_flags)
+from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    check_settings, checksum, count_parameters, fail, finish, make_parser,
+                    not_negative, number, positive, run_script, save, set_up, settings_of,
+                    step_generator, stop_if_done, warmup_cosine)
+from dit import PAD, Block, Latents, add_noise, guided_velocity, load_dit, logit_normal
+from vae import RMSNorm
 
 PRESETS = {
-    "tiny": dict(frozen_blocks=3, learned_blocks=1, teacher_steps=8, steps=100, batch_size=32, lr=0.02,
-                 discriminator_lr=0.02, discriminator_ahead=10, optimizer="muon", ema=0.95),
-    "toy": dict(frozen_blocks=5, learned_blocks=2, teacher_steps=10, steps=3000, batch_size=64, lr=0.002,
-                discriminator_lr=0.01, discriminator_ahead=100, optimizer="muon", ema=0.999),
-    "mobile": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw", ema=0.999),
-    "server": dict(frozen_blocks=10, learned_blocks=4, teacher_steps=10, steps=20000, batch_size=128, lr=5e-6,
-                   discriminator_lr=2e-5, discriminator_ahead=500, optimizer="adamw", ema=0.999),
+    "tiny": dict(
+        frozen_blocks=3,     # K: of the generator's 5
+        trainable_blocks=1,  # of the same kind, on top
+        teacher_steps=8,     # Euler steps, for the target
+        steps=100,
+        batch_size=32,
+        lr=0.02,             # half of the teacher's: the student starts as a trained model
+        d_lr=0.02,
+        d_warmup_steps=10,   # in which the discriminator trains alone
+        optimizer="muon",
+        ema=0.95),           # the average of about the last 20 steps
+    "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
+                lr=0.002, d_lr=0.01, d_warmup_steps=100, optimizer="muon", ema=0.999),
+    "mobile": dict(frozen_blocks=10, trainable_blocks=4, teacher_steps=10, steps=20000,
+                   batch_size=128, lr=5e-6, d_lr=2e-5, d_warmup_steps=500, optimizer="adamw",
+                   ema=0.999),
 }
+PRESETS["server"] = PRESETS["mobile"]
 
-# ---------------------------------------------------------------------------------------------------- the generator
+# ------------------------------------------------------------ the generator
 
 
 def predict_x0(dit, x_t, t, text):
-    """The generator: from x_t at level t [b] straight to clean latents, along the predicted velocity."""
+    """The generator: from x_t [b, c, t, h, w] at level t [b] straight to clean latents, along the
+    velocity."""
     return x_t - t.view(-1, 1, 1, 1, 1) * dit(x_t, t, text).float()
 
 
 def student_times(steps, shift=3.0):
-    """The levels at which a `steps`-step student starts its jumps: 1, 9/10, 3/4, 1/2 for four. Shifted towards noise,
-    where what the clip shows is decided; from 1/2 on hardly anything is."""
+    """The levels at which the jumps of a `steps`-step student start: 1, 0.9, 0.75, 0.5 for four.
+    Shifted towards noise (https://arxiv.org/abs/2403.03206), where what the clip shows is decided:
+    below 1/2 hardly anything is."""
     t = torch.linspace(1, 0, steps + 1)[:-1]
     return shift * t / (1 + (shift - 1) * t)
 
 
 @torch.no_grad()
-def sample_student(dit, noises, tokens, path=None):
-    """One jump to x0 a step, and noise again in between, to the next level. No guidance: one evaluation a step.
-
-    noises: [steps, b, c, t, h, w], a fresh one for each step. -> x0 [b, c, t, h, w]. path: as in sample_euler."""
-    text, x0 = dit.text_encoder(tokens), torch.zeros_like(noises[0])
-    for t, noise in zip(student_times(len(noises)), noises):
+def sample_student(dit, noise_per_step, prompts, trajectory=None):
+    """One jump to x0 per step, and noise again in between, to the next level. No guidance: one
+    function evaluation per step. noise_per_step: [steps, b, c, t, h, w]. -> x0 [b, c, t, h, w].
+    trajectory: as in sample_euler."""
+    text = dit.text_encoder(prompts)
+    x0 = torch.zeros_like(noise_per_step[0])  # weighs nothing at t = 1
+    for t, noise in zip(student_times(len(noise_per_step)), noise_per_step):
         t = t.to(noise.device).expand(len(noise))
         x_t = add_noise(x0, noise, t)
         x0 = predict_x0(dit, x_t, t, text)
-        if path is not None:
-            path.append((t[0].item(), x_t, x0))
+        if trajectory is not None:
+            trajectory.append((t[0].item(), x_t, x0))
     return x0
 
 
 @torch.no_grad()
-def teacher_endpoint(teacher, x_t, t, tokens, cfg, steps):
-    """Where the teacher's CFG trajectory from x_t ends: Euler steps of 1 / steps (the last may be shorter) from each
-    clip's own level t [b] down to 0, so that a clip at t = 1/4 takes a quarter of them."""
-    text, empty = teacher.text_encoder(tokens), teacher.text_encoder(torch.zeros_like(tokens))
-    x, t = x_t.clone(), t.clone()
-    while (on := t > 1e-4).any():
-        step = t[on].clamp(max=1 / steps)
-        velocity = guided_velocity(teacher, x[on], t[on], text[on], empty[on], cfg)
-        x[on] = x[on] - step.view(-1, 1, 1, 1, 1) * velocity
-        t[on] -= step
+def teacher_endpoint(teacher, x_t, t, prompts, cfg, steps):
+    """Where the teacher's CFG trajectory from x_t ends: equal Euler steps from each clip's own
+    level t [b] down to 0."""
+    text = teacher.text_encoder(prompts)
+    empty = teacher.text_encoder(torch.full_like(prompts, PAD))
+    x = x_t
+    for i in range(steps):
+        velocity = guided_velocity(teacher, x, t * (1 - i / steps), text, empty, cfg)
+        x = x - t.view(-1, 1, 1, 1, 1) / steps * velocity
     return x
 
 
-# ------------------------------------------------------------------------------------------------ the discriminator
+# ------------------------------------------------------------ the discriminator
 
 
 class Convolution(nn.Module):
-    """A 3x3x3 convolution over the grid of tokens, in the place of a learnable block: what earlier designs use."""
+    """A 3x3x3 convolution over the grid of tokens [b, n, width], in the place of a trainable block:
+    our stand-in for earlier designs, to compare with."""
 
     def __init__(self, width):
         super().__init__()
-        self.norm, self.conv = RMSNorm(width), nn.Conv3d(width, width, 3, padding=1)
+        self.norm = RMSNorm(width)
+        self.conv = nn.Conv3d(width, width, 3, padding=1)
 
-    def forward(self, x, size):
-        grid = rearrange(self.norm(x), "b (t h w) c -> b c t h w", **dict(zip("thw", size)))
-        return x + rearrange(F.silu(self.conv(grid)), "b c t h w -> b (t h w) c")
+    def forward(self, x, grid):
+        t, h, w = grid
+        features = rearrange(self.norm(x), "b (t h w) c -> b c t h w", t=t, h=h, w=w)
+        return x + rearrange(F.silu(self.conv(features)), "b c t h w -> b (t h w) c")
 
 
 class Discriminator(nn.Module):
-    """K frozen blocks of a DiT as features of noisy latents at level s, then learnable blocks of the same kind.
+    """K frozen blocks of a DiT as features of noisy latents at level s, then trainable blocks of
+    the same kind. All that comes from the DiT is frozen: embedders, modulation, K blocks; the added
+    blocks, norm and linear layer train. Raises ValueError for more blocks than the DiT has.
 
-    Other designs to compare with: no learnable block leaves a linear head a token; head "convolution"; K = 0 learns
-    all blocks from scratch (the embeddings of words, tokens and time stay inherited); without time conditioning the
-    parser is told that every level is 0."""
+    Designs to compare with: no trainable block leaves a linear layer per token; head "convolution";
+    K = 0 learns all blocks from scratch (embedders and modulation stay inherited);
+    without time conditioning the feature parser is told that every level is 0."""
 
-    def __init__(self, dit, frozen_blocks, learned_blocks, head="attention", time_conditioning=True):
+    def __init__(self, dit, frozen_blocks, trainable_blocks, head="attention",
+                 time_conditioning=True):
         super().__init__()
-        c = dit.config
-        if not 0 <= frozen_blocks <= c["depth"]:
-            raise ValueError(f"{frozen_blocks} frozen blocks: the generator has {c['depth']}")
-        if head not in ("attention", "convolution"):
-            raise ValueError(f"head {head}: it is attention or convolution")
+        config = dit.config
+        width = config["width"]
+        if not 0 <= frozen_blocks <= config["depth"]:
+            raise ValueError(f"{frozen_blocks} frozen blocks: the generator has {config['depth']}")
         self.time_conditioning = time_conditioning
         self.parser = copy.deepcopy(dit).requires_grad_(False)
         self.parser.blocks = self.parser.blocks[:frozen_blocks]
-        del self.parser.norm, self.parser.final_modulation, self.parser.out  # what only a velocity needs
-        self.blocks = nn.ModuleList(Block(c["width"], c["heads"], c["head_dim"], c["ffn"]) if head == "attention" else
-                                    Convolution(c["width"]) for _ in range(learned_blocks))
-        self.norm, self.out = RMSNorm(c["width"]), nn.Linear(c["width"], 1)
+        del self.parser.final_layer  # only a velocity needs it
+        self.blocks = nn.ModuleList()
+        for _ in range(trainable_blocks):
+            if head == "attention":
+                block = Block(width, config["heads"], config["head_dim"], config["ffn"])
+            else:
+                block = Convolution(width)
+            self.blocks.append(block)
+        self.norm = RMSNorm(width)
+        self.out = nn.Linear(width, 1)
 
-    def forward(self, x_s, s, tokens):
-        """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; tokens: captions. -> scores [b], above 0: real."""
-        text = self.parser.text_encoder(tokens)
-        x, modulation, rope, _ = self.parser.prepare(x_s, s * self.time_conditioning)
-        for block in [*self.parser.blocks, *self.blocks]:
-            x = block(x, x_s.shape[2:]) if isinstance(block, Convolution) else block(x, modulation, text, rope)
-        return self.out(self.norm(x)).squeeze(-1).mean(dim=1).float()
+    def forward(self, x_s, s, prompts):
+        """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; prompts: captions [b, words].
+        -> scores [b], above 0: real."""
+        if not self.time_conditioning:
+            s = torch.zeros_like(s)
+        text = self.parser.text_encoder(prompts)
+        x, modulation, rope, _ = self.parser.embed_inputs(x_s, s)
+        for block in self.parser.blocks:
+            x = block(x, modulation, text, rope)
+        for block in self.blocks:
+            if isinstance(block, Convolution):
+                x = block(x, x_s.shape[2:])
+            else:
+                x = block(x, modulation, text, rope)
+        score_per_token = self.out(self.norm(x)).squeeze(-1)  # [b, n]
+        return score_per_token.mean(dim=1).float()
 
 
-def discriminator_loss(discriminator, real, fake, s, noise, tokens, r1=0.0, disturbance=None):
-    """Hinge loss on real and generated latents with the same noise at the same level; r1 weighs how much a small
-    disturbance [b, c, t, h, w] of the real ones changes their score. -> the loss, and how often each is told right."""
-    both = torch.cat([add_noise(real, noise, s), add_noise(fake, noise, s)])
-    on_real, on_fake = discriminator(both, torch.cat([s, s]), torch.cat([tokens, tokens])).chunk(2)
-    loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+def discriminator_loss(discriminator, real, fake, s, noise, prompts, r1=0.0, r1_noise=None):
+    """Hinge loss on real and generated latents [b, c, t, h, w] with the same noise at the same
+    level s [b]. r1: weight of an approximate R1 penalty (https://arxiv.org/abs/1801.04406): how
+    much a small r1_noise on the real ones changes their score. -> the loss, and the accuracy."""
+    real_s = add_noise(real, noise, s)
+    fake_s = add_noise(fake, noise, s)
+    x_s = torch.cat([real_s, fake_s])
+    scores = discriminator(x_s, torch.cat([s, s]), torch.cat([prompts, prompts]))
+    real_score, fake_score = scores.chunk(2)
+    loss = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
     if r1:
-        disturbed = add_noise(real, noise, s) + 0.01 * disturbance
-        loss = loss + r1 * (discriminator(disturbed, s, tokens) - on_real).square().mean() / 0.01 ** 2
-    return loss, ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        with torch.autocast(real.device.type, enabled=False):  # bfloat16 would measure rounding
+            undisturbed = discriminator(real_s, s, prompts)
+            disturbed = discriminator(real_s + 0.01 * r1_noise, s, prompts)
+        loss = loss + r1 * (disturbed - undisturbed).square().mean() / 0.01 ** 2
+    accuracy = ((real_score > 0).float().mean() + (fake_score < 0).float().mean()) / 2
+    return loss, accuracy
 
 
-def load_discriminator(path, device):
-    """-> the trained discriminator, and the settings of its training."""
-    checkpoint = load(path, "discriminator")
-    config = checkpoint["config"]
-    discriminator = Discriminator(DiT(**config.pop("dit")), **config)
-    discriminator.load_state_dict(checkpoint["model"])
-    return discriminator.to(device).eval().requires_grad_(False), checkpoint["settings"]
+# ------------------------------------------------------------ the training
+
+
+def parse_arguments(argv):
+    p = make_parser(__doc__, PRESETS, argv)
+    p.add_argument("--sampling-steps", type=positive, default=4, help="steps of the student")
+    p.add_argument("--frozen-blocks", type=not_negative,
+                   help="K: blocks of the generator that the discriminator inherits")
+    p.add_argument("--trainable-blocks", type=not_negative,
+                   help="blocks that the discriminator adds; 0: one linear layer")
+    p.add_argument("--d-head", default="attention", choices=["attention", "convolution"],
+                   help="what those blocks are: the paper's attention, or convolutions")
+    p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
+                   help="tell the discriminator the noise level")
+    p.add_argument("--d-lr", type=number(1e-12), help="peak learning rate of the discriminator")
+    p.add_argument("--d-warmup-steps", type=not_negative,
+                   help="steps in which the student does not hear the discriminator")
+    p.add_argument("--d-noise-level", type=number(-20, 20), default=-2.5,
+                   help="mean of the logit of the level s at which it judges; -2.5 is about 0.08")
+    p.add_argument("--adversarial", type=number(0), default=0.03, help="weight of the adversary")
+    p.add_argument("--distillation", type=number(0), default=1.0,
+                   help="weight of the distillation term")
+    p.add_argument("--r1", type=number(0), default=0.0, help="weight of the approximate R1 penalty")
+    p.add_argument("--cfg", type=number(0), default=3.0,
+                   help="classifier-free guidance scale of the teacher")
+    p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher for a target")
+    add_file(p, "--discriminator", "discriminator.pt", "written if --adversarial is not 0")
+    add_file(p, "--pruned", "pruned.pt", "where the student starts, from prune.py")
+    add_file(p, "--teacher", "dit.pt", "the CFG teacher, from dit.py")
+    add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
+    add_file(p, "--out", "student.pt", "the few-step student")
+    add_training_flags(p)
+    args = p.parse_args(argv)
+    if not (args.adversarial or args.distillation):
+        fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
+    return args
 
 
 def main(argv=None):
-    p = parser(__doc__, PRESETS)
-    p.add_argument("--sampling-steps", type=positive, default=4,
-                   help="steps that the student learns to sample in (default: 4)")
-    p.add_argument("--frozen-blocks", type=between(0, kind=int),
-                   help="K, blocks of the generator that the discriminator inherits")
-    p.add_argument("--learned-blocks", type=between(0, kind=int),
-                   help="blocks that the discriminator learns on top; 0: one linear layer")
-    p.add_argument("--discriminator-head", default="attention", choices=["attention", "convolution"],
-                   help="what those blocks are: the paper's attention to all tokens and the text, or convolutions "
-                        "(default: attention)")
-    p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
-                   help="tell the discriminator the noise level (default: yes)")
-    p.add_argument("--discriminator-lr", type=between(1e-12),
-                   help="peak learning rate of the discriminator, by the same --optimizer")
-    p.add_argument("--discriminator-ahead", type=between(0, kind=int),
-                   help="steps that the discriminator learns before the student hears it")
-    p.add_argument("--adversarial", type=between(0), default=0.03, help="weight of the adversary (default: 0.03)")
-    p.add_argument("--distillation", type=between(0), default=1.0, help="weight of the distillation term (default: 1)")
-    p.add_argument("--r1", type=between(0), default=0.0, help="weight of the smoothness term (default: 0)")
-    p.add_argument("--cfg", type=between(0), default=3.0, help="guidance scale of the teacher (default: 3)")
-    p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher from x_t to its end")
-    p.add_argument("--noise-level", type=between(-20, 20), default=-2.5,
-                   help="mean of the logit of the level at which the discriminator looks (default: -2.5, about 0.08)")
-    p.add_argument("--discriminator", type=Path, help="the trained discriminator, written if --adversarial is not 0")
-    p.add_argument("--pruned", type=Path, help="where the student starts, from prune.py")
-    p.add_argument("--teacher", type=Path, help="the CFG teacher, from dit.py")
-    p.add_argument("--latents", type=Path, help="the data set, from vae.py")
-    p.add_argument("--out", type=Path, help="the few-step student")
-    p.add_argument("--vae", type=Path, help="the autoencoder, from vae.py, for --sample-every")
-    training_flags(p)
-    args = parse(p, PRESETS, argv, pruned="pruned.pt", teacher="dit.pt", latents="latents.pt", vae="vae.pt",
-                 discriminator="discriminator.pt", out="student.pt")
-    settings = {k: getattr(args, k) for k in (
-        "sampling_steps", "frozen_blocks", "learned_blocks", "discriminator_head", "time_conditioning",
-        "discriminator_lr", "discriminator_ahead", "adversarial", "distillation", "r1", "cfg", "teacher_steps",
-        "noise_level", "steps", "batch_size", "lr", "optimizer", "ema", "seed")}
-    if not (args.adversarial or args.distillation):
-        fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
+    args = parse_arguments(argv)
     device, precision = set_up(args)
     teacher, teacher_checkpoint = load_dit(args.teacher, device, "dit")
-    start, checkpoint = load_dit(args.pruned, device, "pruned", "dit")
-    with reading(args.latents):
-        data = Latents(args.latents)
-    for path, made in (args.teacher, teacher_checkpoint), (args.pruned, checkpoint):
-        check_settings(path, made["settings"], {"latents": data.fingerprint})
-    settings |= {"latents": data.fingerprint, "teacher": fingerprint(teacher.parameters()),
-                 "pruned": fingerprint(start.parameters())}
-    then = command("sample.py", args.run, args.preset, "--score")
-    stop_if_done([args.out] + [args.discriminator] * bool(args.adversarial), settings, then)
+    start, start_checkpoint = load_dit(args.pruned, device, "pruned", "dit")
+    data = Latents(args.latents)
+    of_data = dict(latents_checksum=data.checksum)
+    check_settings(args.teacher, teacher_checkpoint["settings"], of_data)
+    check_settings(args.pruned, start_checkpoint["settings"], of_data)
+    settings = settings_of(args) | of_data | dict(
+        teacher_checksum=checksum(teacher.parameters()),
+        pruned_checksum=checksum(start.parameters()))
+    results = [args.out, args.discriminator] if args.adversarial else [args.out]
+    stop_if_done(results, settings, "distill", "sample.py --score")
 
     torch.manual_seed(args.seed)
     student = copy.deepcopy(start).train().requires_grad_(True)
-    student.recompute = args.recompute
-    design = dict(frozen_blocks=args.frozen_blocks, learned_blocks=args.learned_blocks, head=args.discriminator_head,
-                  time_conditioning=args.time_conditioning)
+    student.gradient_checkpointing = args.gradient_checkpointing
+    design = dict(frozen_blocks=args.frozen_blocks, trainable_blocks=args.trainable_blocks,
+                  head=args.d_head, time_conditioning=args.time_conditioning)
     try:
         discriminator = Discriminator(start, **design).to(device)
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = Optimizer(student, args, args.steps, precision)
-    d_optimizer = Optimizer(discriminator, args, args.steps, precision, args.discriminator_lr)
+    optimizer = Optimizer(student, args.optimizer, args.lr, precision)
+    d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
     predict = torch.compile(predict_x0) if args.compile else predict_x0
-    times, shape = student_times(args.sampling_steps), data.latents.shape[1:]
+    times = student_times(args.sampling_steps)
 
-    def draw(g):  # and besides: which of the student's levels; the level, noise and disturbance for the discriminator
-        real, tokens, noise, _ = data.draw(g)
-        return (real, tokens, noise, times[g.randint(len(times))], logit_normal(g, args.noise_level), g.randn(*shape),
-                g.randn(*shape))
+    def draw(step):
+        g = step_generator("distill", args.seed, step)
+        b = args.batch_size
+        real, prompts, noise, _ = data.draw(g, b)
+        t = times[torch.randint(len(times), (b,), generator=g)][SHARE]
+        s = logit_normal(b, g, args.d_noise_level)[SHARE]
+        s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE]
+        r1_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE]
+        return real, prompts, noise, t, s, s_noise, r1_noise
 
-    samples = Samples("student", args, data, device, args.sampling_steps)
-    loop = Loop("distill", args, settings, args.steps, device, draw, student=student, discriminator=discriminator,
-                ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
-    for step, (real, tokens, noise, t, s, s_noise, disturbance) in loop:
+    loop = Loop("distill", args, settings, args.steps, device, draw, student=student,
+                discriminator=discriminator, ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
+    for step, (real, prompts, noise, t, s, s_noise, r1_noise) in loop:
+        optimizer.set_lr(warmup_cosine(step, args.steps))
+        d_optimizer.set_lr(warmup_cosine(step, args.steps))
+        log = {}
+        loss = 0.0
         x_t = add_noise(real, noise, t)
-        loss, values = 0.0, {}
         with precision():
-            fake = predict(student, x_t, t, student.text_encoder(tokens))
-            if args.distillation:
-                target = teacher_endpoint(teacher, x_t, t, tokens, args.cfg, args.teacher_steps)
-                # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean of them all.
-                values["distillation"] = ((fake - target).square() + 0.01).sqrt().mean()
-                loss = loss + args.distillation * values["distillation"]
+            fake = predict(student, x_t, t, student.text_encoder(prompts))
+
+        if args.distillation:
+            with precision():
+                target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
+            # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean.
+            distillation = ((fake - target).square() + 0.01).sqrt().mean()
+            loss = loss + args.distillation * distillation
+            log["distillation"] = distillation
+
         if args.adversarial:
             with precision():
-                d_loss, told = discriminator_loss(discriminator, real, fake.detach(), s, s_noise, tokens, args.r1,
-                                                   disturbance)
-            d_optimizer.step(d_loss)
+                d_loss, accuracy = discriminator_loss(discriminator, real, fake.detach(), s,
+                                                      s_noise, prompts, args.r1, r1_noise)
+            discriminator.zero_grad()
+            d_loss.backward()
+            average_gradients(discriminator.parameters(), args.batch_size)
+            nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
+            d_optimizer.step()
             with precision():
-                values["generator"] = -discriminator(add_noise(fake, s_noise, s), s, tokens).mean()
-            values |= {"hinge": d_loss, "told_right": told}
-            heard = step >= args.discriminator_ahead
-            loss = loss + heard * args.adversarial * values["generator"]
-        optimizer.step(loss)
-        ema.update_parameters(student)
-        loop.log(**{name: value.item() for name, value in values.items()})
-        samples.show(step + 1, lambda noises, tokens: sample_student(ema.module, noises, tokens))
+                adversarial = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
+            weight = args.adversarial if step >= args.d_warmup_steps else 0.0
+            loss = loss + weight * adversarial
+            log |= dict(generator=adversarial, hinge=d_loss, d_accuracy=accuracy)
 
-    last = {k: sum(v[-20:]) / len(v[-20:]) for k, v in loop.history.items()}
-    metrics = dict(params=count(student), discriminator_params=count(discriminator), evaluations=args.sampling_steps,
-                   **last)
-    if args.adversarial:  # no later stage needs it; sample.py --report shows what it says
+        student.zero_grad()
+        loss.backward(inputs=list(student.parameters()))  # not the discriminator's
+        average_gradients(student.parameters(), args.batch_size)
+        log["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(student)
+        loop.log(**log)
+
+    params = count_parameters(student)
+    metrics = dict(params=params, discriminator_params=count_parameters(discriminator),
+                   nfe=args.sampling_steps)
+    for name, values in loop.history.items():
+        metrics[name] = sum(values[-20:]) / len(values[-20:])
+    if args.adversarial:  # no later stage reads it
         save(args.discriminator, stage="discriminator", config=dict(dit=start.config, **design),
              model=discriminator.state_dict(), metrics=metrics, settings=settings)
-    save(args.out, stage="student", config=student.config, model=ema.module.state_dict(), metrics=metrics,
-         settings=settings, history=loop.history, timesteps=times.tolist(), **context(checkpoint))
-    finish(args, "distill", metrics, then, loop)
+    save(args.out, stage="student", config=student.config, model=ema.module.state_dict(),
+         metrics=metrics, settings=settings, history=loop.history, timesteps=times.tolist(),
+         **data.metadata)
+    finish(args, "distill", metrics, "sample.py --score", loop)
 
 
 if __name__ == "__main__":
-    script(main)
+    run_script(main)

@@ -1,200 +1,158 @@
-"""What tokens, parameters and clips cost: the measurements behind the README's tables of cost, on this machine.
+"""What tokens, parameters and precision cost on this machine: what docs/performance.md measures.
 
-    python tests/bench_cost.py ratios     # one evaluation of the mobile DiT at 49x384x512, for four VAE ratios
-    python tests/bench_cost.py curves     # training step against tokens and parameters, memory against the data set
-    python tests/bench_cost.py memory     # the last of these alone
-    python tests/bench_cost.py steps      # training steps: width 512 in both precisions, preset tiny
+    python tests/bench_cost.py ratios   # one evaluation of the mobile DiT, for four VAE ratios
+    python tests/bench_cost.py curves   # a training step against tokens, and against parameters
+    python tests/bench_cost.py steps    # training steps: width 512 in both precisions, preset tiny
 
-Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single run). Shares are of
-this machine's own rate for a 4096x4096 matrix product, which `steps` takes in turn with the step.
+Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single
+run). Shares are of this machine's own rate for a 4096x4096 matrix product, measured in turn.
 """
 import argparse
 import math
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
-from types import SimpleNamespace
+from statistics import linear_regression, median
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dit import PRESETS, DiT, cost, flow_loss, planned  # noqa: E402
-from vae import Optimizer, save, set_up  # noqa: E402
+from common import Optimizer, count_parameters, set_up, size  # noqa: E402
+from dit import PRESETS, DiT, flow_loss, forward_flops, planned_config  # noqa: E402
 
+PRODUCT_FLOPS = 2 * 4096 ** 3
 PAPER_MS = {"4x16x16": 7900, "8x32x32": 380, "8x64x64": 90}  # a DiT step on the paper's phone
+GRID = 7, 12, 16  # 49x384x512 at 8x32x32: 1,344 tokens
+MEDIUM = dict(latent_channels=128, width=512, depth=6, heads=8, head_dim=64, ffn=2048,
+              vocabulary=100, text_tokens=32)
 
 
 def seconds(*runs, device, rounds, warm_up=1):
-    """Median seconds of each, taken in turn, so that a slow moment of the machine meets them all."""
+    """Median seconds of each, in turn, so that a slow moment of the machine meets them all."""
     times = [[] for _ in runs]
     for _ in range(warm_up + rounds):
-        for run, its in zip(runs, times):
+        for run, of_run in zip(runs, times):
             start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            its.append(time.perf_counter() - start)
-    return [median(its[warm_up:]) for its in times]
+            of_run.append(time.perf_counter() - start)
+    return [median(of_run[warm_up:]) for of_run in times]
 
 
-def matrix_product(device, dtype, n=4096):
-    """-> a large matrix product to run, and its FLOPs."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return lambda: a @ a, 2 * n ** 3
+def matrix_product(device, dtype):
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    return lambda: a @ a
 
 
-def ratios(device, dtype, rounds):
-    config, _ = planned("mobile")
-    dit = DiT(**config).to(device, dtype).requires_grad_(False)
+@torch.no_grad()
+def ratios(device, precision, rounds):
+    with precision():
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+    config = planned_config("mobile")
+    dit = DiT(**config).to(device, dtype)
     for p in dit.parameters():
         p.normal_(std=0.02)
-    product, product_flops = matrix_product(device, dtype)
-    rate, measured = product_flops / seconds(product, device=device, rounds=rounds)[0], {}
-    print(f"{dtype}, a matrix product runs at {rate / 1e9:.0f} GFLOP/s")
-    for ratio in ("8x64x64", "8x32x32", "8x16x16", "4x16x16"):
-        rt, rs = (int(n) for n in ratio.split("x")[:2])
-        shape = config["latent_channels"], 1 + 48 // rt, 384 // rs, 512 // rs
-        x_t, t = torch.randn(1, *shape, device=device, dtype=dtype), torch.ones(1, device=device, dtype=dtype)
-        text = torch.randn(1, config["text_tokens"], config["width"], device=device, dtype=dtype)
-        n, first = (rounds, 1) if device.type == "cuda" or math.prod(shape[1:]) < 5000 else (1, 0)  # minutes, on a CPU
-        measured[ratio], = seconds(lambda: dit(x_t, t, text), device=device, rounds=n, warm_up=first)  # noqa: B023
-        flops = cost(config, shape)["forward_flops"]
-        print(f"{ratio}: {math.prod(shape[1:])} tokens, {flops / 1e12:6.2f} TFLOP, {measured[ratio]:7.2f} s, "
-              f"{flops / measured[ratio] / 1e9:.0f} GFLOP/s, {flops / measured[ratio] / rate:.0%} of it", flush=True)
+    text = torch.randn(1, config["text_tokens"], config["width"], device=device, dtype=dtype)
+    t = torch.ones(1, device=device, dtype=dtype)
+    product_seconds, = seconds(matrix_product(device, dtype), device=device, rounds=rounds)
+    rate = PRODUCT_FLOPS / product_seconds
+    measured = {}
+    for ratio in "8x64x64", "8x32x32", "8x16x16", "4x16x16":
+        rt, rs, _ = size(ratio)
+        grid = 1 + 48 // rt, 384 // rs, 512 // rs
+        tokens = math.prod(grid)
+        x_t = torch.randn(1, config["latent_channels"], *grid, device=device, dtype=dtype)
+        once = device.type == "cpu" and tokens > 5000  # it takes minutes
+        with precision():
+            measured[ratio], = seconds(partial(dit, x_t, t, text), device=device,
+                                       rounds=1 if once else rounds, warm_up=0 if once else 1)
+        flops = forward_flops(config, tokens)
+        print(f"{ratio}: {tokens} tokens, {flops / 1e12:6.2f} TFLOP, {measured[ratio]:7.2f} s, "
+              f"{flops / measured[ratio] / rate:.0%} of a {dtype} matrix product's "
+              f"{rate / 1e9:.0f} GFLOP/s", flush=True)
     for ratio, ms in PAPER_MS.items():
-        print(f"{ratio} : 8x32x32 = {measured[ratio] / measured['8x32x32']:.2f}, the paper's phone {ms / 380:.2f}")
+        print(f"{ratio} : 8x32x32 = {measured[ratio] / measured['8x32x32']:.2f}, "
+              f"the paper's phone {ms / 380:.2f}")
 
 
-class Products(TorchDispatchMode):
-    """Notes the matrix products and the attention inside it, so that they can be run again without all else: no DiT of
-    this size can take less time with these kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        call = partial(function, *args, **(kwargs or {}))
-        if re.search("mm|scaled_dot_product", function.__name__):
-            self.calls.append(call)
-        return call()
-
-    def again(self):
-        for call in self.calls:
-            call()
-
-
-def training_step(config, shape, batch, optimizer, device, precision, rounds, beside=()):
-    """-> seconds a step, those of its products and attention alone, and those of what is to be timed beside them."""
+def training_step(config, grid, batch, device, precision, optimizer_name="adamw"):
+    """-> a function of no arguments that does one."""
     dit = DiT(**config).to(device)
-    settings = SimpleNamespace(optimizer=optimizer, lr=1e-4, batch_size=batch)
-    optimizer = Optimizer(dit, settings, 1000, precision)
-    x0, noise = torch.randn(2, batch, *shape, device=device)
-    t, tokens = torch.rand(batch, device=device), torch.ones(batch, config["text_tokens"], device=device).long()
+    optimizer = Optimizer(dit, optimizer_name, 1e-4)
+    x0, noise = torch.randn(2, batch, config["latent_channels"], *grid, device=device)
+    t = torch.rand(batch, device=device)
+    tokens = torch.ones(batch, config["text_tokens"], device=device).long()
 
     def step():
         with precision():
             loss = flow_loss(dit, x0, tokens, noise, t)
-        optimizer.step(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        with precision():
+            optimizer.step()
 
-    with Products() as products:
-        step()
-    return seconds(step, products.again, *beside, device=device, rounds=rounds, warm_up=3)  # memory settles by then
+    return step
 
 
-def slope(xs, ys):
-    """The exponent e of y ~ x^e, by least squares on logarithms."""
-    xs, ys = ([math.log(v) for v in values] for values in (xs, ys))
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
+def exponent(xs, ys):
+    """e of y ~ x^e, by least squares on logarithms."""
+    return linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
 
 
 def curves(device, precision, rounds):
-    def config(width=512, depth=4):
-        return dict(latent_channels=128, width=width, depth=depth, heads=width // 64, head_dim=64, ffn=4 * width,
-                    vocabulary=100, text_tokens=32)
+    def seconds_of(config, grid):
+        step = training_step(config, grid, 1, device, precision)
+        measured, = seconds(step, device=device, rounds=rounds, warm_up=3)
+        return measured
 
-    shapes = [(128, t, 12, 16) for t in (1, 2, 4, 8, 16)]
-    tokens = [math.prod(s[1:]) for s in shapes]
-    times = [training_step(config(), s, 1, "adamw", device, precision, rounds)[0] for s in shapes]
-    flops = [cost(config(), s)["step_flops"] for s in shapes]
-    kept = [cost(config(), s)["activation_bytes"] for s in shapes]
-    for n, s, f, b in zip(tokens, times, flops, kept):
-        print(f"{n:5} tokens: {s:.3f} s a step, {f / 1e12:.2f} TFLOP, {b / 1e6:.0f} MB of activations")
-    weights = kept[0] - (kept[1] - kept[0]) / (tokens[1] - tokens[0]) * tokens[0]  # bfloat16 copies: as for no token
-    print(f"time grows as tokens^{slope(tokens, times):.2f}; FLOPs as ^{slope(tokens, flops):.2f} (predicted: 1 for "
-          f"matrices to 2 for attention); activations, but for {weights / 1e6:.0f} MB of weights in bfloat16, as "
-          f"^{slope(tokens, [k - weights for k in kept]):.2f} (predicted 1)")
-    widths, shape = (256, 512, 768, 1024), (128, 4, 12, 16)
-    params = [cost(config(w), shape)["params"] for w in widths]
-    times = [training_step(config(w), shape, 1, "adamw", device, precision, rounds)[0] for w in widths]
-    for n, s in zip(params, times):
-        print(f"{n / 1e6:5.1f} M parameters: {s:.3f} s a step of {math.prod(shape[1:])} tokens")
-    print(f"time grows as parameters^{slope(params, times):.2f} (predicted 1)")
-    memory()
-
-
-def memory():
-    """Peak memory of a short training on data sets of several sizes, each in a process of its own (Linux)."""
-    for clips in 1000, 4000, 16000:
-        with tempfile.TemporaryDirectory() as run:
-            zeros = torch.zeros(clips, 16, 7, 12, 16, dtype=torch.float16)
-            save(Path(run) / "latents.pt", stage="latents", latents=zeros, fingerprint=0, mean=torch.zeros(16),
-                 std=torch.ones(16), train_clips=clips, captions=["a clip"] * clips, held_out_captions=[],
-                 embeddings=None, config={}, settings={}, metrics={})
-            flags = ["--run", run, "--steps", "20", "--batch-size", "4", "--width", "64", "--depth", "2"]
-            code = f"import dit; dit.main({flags}); print(open('/proc/self/status').read())"
-            said = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, text=True,
-                                  capture_output=True).stdout
-            print(f"{clips:6} clips, latents.pt {zeros.nbytes / 1e6:.0f} MB: in training at most "
-                  + ", ".join(" ".join(line.split()) for line in said.splitlines() if line.startswith("VmHWM")))
+    tokens = [frames * 192 for frames in (1, 2, 4, 8, 16)]
+    times = [seconds_of(MEDIUM, (n // 192, 12, 16)) for n in tokens]
+    flops = [3 * forward_flops(MEDIUM, n) for n in tokens]
+    for n, s, f in zip(tokens, times, flops):
+        print(f"{n:5} tokens: {s:.3f} s per step, {f / 1e12:.2f} TFLOP")
+    print(f"seconds grow as tokens^{exponent(tokens, times):.2f}, FLOPs as "
+          f"^{exponent(tokens, flops):.2f} (1 for matrices, 2 for attention)")
+    params = []
+    times = []
+    for width in 256, 512, 768, 1024:
+        config = MEDIUM | dict(width=width, heads=width // 64, ffn=4 * width)
+        params.append(count_parameters(DiT(**config)))
+        times.append(seconds_of(config, (4, 12, 16)))
+        print(f"{params[-1] / 1e6:5.1f} M parameters: {times[-1]:.3f} s per step of 768 tokens")
+    print(f"seconds grow as parameters^{exponent(params, times):.2f} (predicted 1)")
 
 
 def steps(device, precision, rounds):
-    """The training steps that the README quotes; FLOPs of the model, three times those of its forward pass."""
-    config = dict(latent_channels=128, width=512, depth=6, heads=8, head_dim=64, ffn=2048, vocabulary=100,
-                  text_tokens=32)
+    flops = 3 * forward_flops(MEDIUM, math.prod(GRID))  # backward costs twice the forward pass
     for dtype in torch.float32, torch.bfloat16:
-        def precision_512(dtype=dtype):
-            return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        product, product_flops = matrix_product(device, dtype)
-        s, least, its = training_step(config, (128, 7, 12, 16), 1, "adamw", device, precision_512, rounds, [product])
-        rate, flops = product_flops / its, 3 * cost(config, (128, 7, 12, 16))["forward_flops"]
-        print(f"width 512, 6 blocks, 1,344 tokens, {dtype}: {s:.3f} s a training step, {flops / s / 1e9:.0f} GFLOP/s, "
-              f"{flops / s / rate:.0%} of the {rate / 1e9:.0f} of a matrix product; its products and attention alone "
-              f"{least:.3f} s, {flops / least / rate:.0%}", flush=True)
-    own = PRESETS["tiny"]
-    config = {k: own[k] for k in ("width", "depth", "heads", "head_dim", "ffn")}
-    config |= dict(latent_channels=12, vocabulary=20, text_tokens=5)
-    for batch in own["batch_size"], 64:
-        s, least = training_step(config, (12, 3, 4, 4), batch, own["optimizer"], device, precision, 4 * rounds)
-        print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s a training step, its products alone {least:.3f} s")
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == torch.bfloat16)
+        step = training_step(MEDIUM, GRID, 1, device, autocast)
+        s, product_seconds = seconds(step, matrix_product(device, dtype), device=device,
+                                     rounds=rounds, warm_up=3)
+        share = flops / s / (PRODUCT_FLOPS / product_seconds)
+        print(f"width 512, 6 blocks, 1,344 tokens, {dtype}: {s:.3f} s per training step, "
+              f"{flops / s / 1e9:.0f} GFLOP/s, {share:.0%} of a matrix product's", flush=True)
+    tiny = planned_config("tiny")
+    for batch in PRESETS["tiny"]["batch_size"], 64:
+        step = training_step(tiny, (3, 4, 4), batch, device, precision, "muon")
+        s, = seconds(step, device=device, rounds=4 * rounds, warm_up=3)
+        print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s per training step")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["ratios", "curves", "steps", "memory"])
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["ratios", "curves", "steps"])
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=5)
     args = p.parse_args()
     device, precision = set_up(args)
     torch.manual_seed(0)
-    if args.what == "ratios":
-        with precision(), torch.no_grad():
-            dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        with torch.no_grad(), precision():
-            ratios(device, dtype, args.rounds)
-    elif args.what == "memory":
-        memory()
-    else:
-        {"curves": curves, "steps": steps}[args.what](device, precision, args.rounds)
+    measure = {"ratios": ratios, "curves": curves, "steps": steps}[args.what]
+    measure(device, precision, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
-"""A micro run of the whole chain, made once through the scripts' own command lines; the tests read its files."""
+"""A micro run of the whole chain, made once through the scripts' own command lines; the tests read
+its files."""
+import os
 import signal
 
-import pytest
-import torch
+# Models this small gain nothing from a second thread, and lose much where cores are shared. Said
+# here, since it counts only before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import distill
-import dit
-import prune
-import vae
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import distill  # noqa: E402
+import dit  # noqa: E402
+import prune  # noqa: E402
+import vae  # noqa: E402
 
 torch.manual_seed(0)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to Ctrl-C
+torch.set_num_threads(1)
+# A shell starts what runs in the background deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+vae.TEST_CLIPS = 96  # every combination once, in place of 512 clips: seconds per run of vae.py
+
 MICRO = {  # stage -> (its main, flags that make it tiny)
-    "vae": (vae.main, "--size 5x16x16 --width 16 --latent-channels 8 --clips 96 --steps 6 --batch-size 4"),
-    "dit": (dit.main, "--width 32 --depth 3 --heads 4 --head-dim 16 --ffn 64 --steps 6 --batch-size 8"),
+    "vae": (vae.main, "--size 5x16x16 --width 16 --latent-channels 8 --clips 96 --steps 6 "
+                      "--batch-size 4"),
+    "dit": (dit.main, "--width 32 --depth 3 --heads 4 --head-dim 16 --ffn 64 --steps 6 "
+                      "--batch-size 8"),
     "prune": (prune.main, "--blocks 2 --heads 2 --ffn 48 --mask-steps 4 --steps 4 --batch-size 8"),
     "distill": (distill.main, "--frozen-blocks 1 --teacher-steps 2 --steps 4 --batch-size 8"),
 }
@@ -35,9 +47,10 @@ def micro_run(tmp_path_factory):
 
 @pytest.fixture
 def micro_dit():
-    """A DiT of 3 blocks whose weights are all away from zero, so that nothing is equal by accident."""
+    """A DiT of 3 blocks whose weights are all away from zero: nothing is equal by accident."""
     torch.manual_seed(0)
-    model = dit.DiT(latent_channels=4, width=32, depth=3, heads=4, head_dim=16, ffn=64, vocabulary=10, text_tokens=5)
+    model = dit.DiT(latent_channels=4, width=32, depth=3, heads=4, head_dim=16, ffn=64,
+                    vocabulary=10, text_tokens=5)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()

@@ -1,3 +1,4 @@
+"""Distillation: the discriminator, the student's few steps, the teacher's endpoint."""
 import copy
 import shutil
 
@@ -5,9 +6,9 @@ import pytest
 import torch
 from conftest import train
 
+import common
 import distill
 import dit
-import vae
 
 
 def inputs(b=3):
@@ -15,97 +16,132 @@ def inputs(b=3):
     return torch.randn(b, 4, 2, 3, 3), torch.randint(2, 10, (b, 5)), torch.randn(b, 4, 2, 3, 3)
 
 
+def teach(discriminator, optimizer, steps, batch, **r1):
+    """-> the last loss, and the discriminator's accuracy."""
+    for _ in range(steps):
+        loss, accuracy = distill.discriminator_loss(discriminator, *batch, **r1)
+        discriminator.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item(), accuracy.item()
+
+
+# ------------------------------------------------------------ the discriminator
+
+
 def test_the_discriminators_frozen_part_never_moves_and_the_rest_does(micro_dit):
     real, tokens, noise = inputs()
-    d = distill.Discriminator(micro_dit, frozen_blocks=2, learned_blocks=1)
+    d = distill.Discriminator(micro_dit, frozen_blocks=2, trainable_blocks=1)
     before = copy.deepcopy(d.state_dict())
-    settings = type("Args", (), dict(optimizer="muon", lr=0.02, batch_size=3))
-    optimizer, s = vae.Optimizer(d, settings, 10), torch.full((3,), 0.1)
-    for _ in range(3):
-        loss, _ = distill.discriminator_loss(d, real, real + 1, s, noise, tokens, 0.1, noise)
-        optimizer.step(loss)
-    moved = {k for k, v in d.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved and not [k for k in moved if k.startswith("parser.")]
-    assert {k for k in moved if "self_attention" in k} and {k for k in moved if "cross_attention" in k}
-    for i in range(2):  # it is the generator's own start
-        assert torch.equal(d.parser.blocks[i].feed_forward.up.weight, micro_dit.blocks[i].feed_forward.up.weight)
+    batch = real, real + 1, torch.full((3,), 0.1), noise, tokens
+    teach(d, common.Optimizer(d, "muon", 0.02), 3, batch, r1=0.1, r1_noise=noise)
+    moved = [name for name, p in d.state_dict().items() if not torch.equal(p, before[name])]
+    assert moved and not [name for name in moved if name.startswith("parser.")]
+    assert [name for name in moved if "self_attention" in name]
+    assert [name for name in moved if "cross_attention" in name]
     assert len(d.parser.blocks) == 2 and len(micro_dit.blocks) == 3
+    for inherited, block in zip(d.parser.blocks, micro_dit.blocks):
+        for name, p in block.state_dict().items():
+            assert torch.equal(p, inherited.state_dict()[name])
 
 
-def test_a_discriminator_of_no_known_design_is_refused(micro_dit):
-    for design in dict(head="linear"), dict(frozen_blocks=4):
-        with pytest.raises(ValueError):
-            distill.Discriminator(micro_dit, **{"frozen_blocks": 2, "learned_blocks": 1, **design})
+def test_a_discriminator_cannot_freeze_more_blocks_than_there_are(micro_dit):
+    with pytest.raises(ValueError, match="the generator has 3"):
+        distill.Discriminator(micro_dit, 4, 1)
 
 
 def test_the_discriminator_is_conditioned_on_time_and_text(micro_dit):
     x, tokens, _ = inputs()
-    d, s = distill.Discriminator(micro_dit, 2, 1), torch.full((3,), 0.1)
+    s = torch.full((3,), 0.1)
+    d = distill.Discriminator(micro_dit, 2, 1)
     scores = d(x, s, tokens)
     assert scores.shape == (3,)
     assert not torch.allclose(scores, d(x, s * 3, tokens))
     assert not torch.allclose(scores, d(x, s, tokens.flip(1)))
+    timeless = distill.Discriminator(micro_dit, 2, 1, time_conditioning=False)
+    assert torch.equal(timeless(x, s, tokens), timeless(x, s * 3, tokens))
 
 
-@pytest.mark.parametrize("design", [dict(frozen_blocks=2, learned_blocks=0), dict(frozen_blocks=0, learned_blocks=2),
-                                    dict(frozen_blocks=2, learned_blocks=1, head="convolution")])
-def test_other_designs_learn_only_what_they_say_and_tell_real_from_generated(micro_dit, design):
+@pytest.mark.parametrize("design", [
+    dict(frozen_blocks=1, trainable_blocks=1), dict(frozen_blocks=2, trainable_blocks=0),
+    dict(frozen_blocks=0, trainable_blocks=2),
+    dict(frozen_blocks=2, trainable_blocks=1, head="convolution")], ids=str)
+def test_every_design_learns_to_tell_real_from_generated(micro_dit, design):
     real, tokens, noise = inputs(8)
-    fake, s, d = real * 0.2, torch.full((8,), 0.08), distill.Discriminator(micro_dit, **design)
-    assert not [name for name, p in d.parser.named_parameters() if p.requires_grad]
+    d = distill.Discriminator(micro_dit, **design)
+    assert len(d.parser.blocks) == design["frozen_blocks"]
+    assert not [p for p in d.parser.parameters() if p.requires_grad]
     attends = any("attention" in name for name, p in d.named_parameters() if p.requires_grad)
-    assert attends == (design["frozen_blocks"] == 0) and len(d.parser.blocks) == design["frozen_blocks"]
-    optimizer = vae.Optimizer(d, type("Args", (), dict(optimizer="adamw", lr=1e-2, batch_size=3)), 60)
-    for _ in range(60):
-        loss, told = distill.discriminator_loss(d, real, fake, s, noise, tokens)
-        optimizer.step(loss)
-    assert told > 0.85
-
-
-def test_without_time_conditioning_every_level_looks_the_same(micro_dit):
-    x, tokens, _ = inputs()
-    d, s = distill.Discriminator(micro_dit, 2, 1, time_conditioning=False), torch.full((3,), 0.1)
-    assert torch.equal(d(x, s, tokens), d(x, s * 3, tokens))
-
-
-def test_the_student_does_not_hear_a_discriminator_that_is_still_ahead(micro_run, tmp_path):
-    """Four steps, the discriminator ahead all the time: the student is that of the distillation term alone."""
-    students = []
-    for i, flags in enumerate((["--discriminator-ahead", "4"], ["--adversarial", "0"], ["--discriminator-ahead", "3"])):
-        for file in "latents.pt", "dit.pt", "pruned.pt":
-            (tmp_path / str(i)).mkdir(exist_ok=True)
-            shutil.copy(micro_run / file, tmp_path / str(i))
-        train("distill", tmp_path / str(i), *flags)
-        students.append(vae.load(tmp_path / str(i) / "student.pt", "student")["model"])
-    ahead, alone, heard = students
-    assert all(torch.equal(ahead[k], alone[k]) for k in ahead)
-    assert not all(torch.equal(heard[k], alone[k]) for k in ahead)
-
-
-def test_a_discriminator_learns_to_tell_real_from_generated(micro_dit):
-    real, tokens, noise = inputs(8)
-    fake, s = real.roll(1, dims=-1) * 0.5, torch.full((8,), 0.08)
-    d = distill.Discriminator(micro_dit, 1, 1)
-    optimizer = vae.Optimizer(d, type("Args", (), dict(optimizer="adamw", lr=3e-3, batch_size=3)), 40)
-    for _ in range(40):
-        loss, told = distill.discriminator_loss(d, real, fake, s, noise, tokens)
-        optimizer.step(loss)
-    assert told > 0.9 and loss < 1
+    assert attends == (design["trainable_blocks"] > 0 and "head" not in design)
+    batch = real, real.roll(1, dims=-1) * 0.5, torch.full((8,), 0.08), noise, tokens
+    before, _ = distill.discriminator_loss(d, *batch)
+    loss, accuracy = teach(d, common.Optimizer(d, "adamw", 1e-2), 60, batch)
+    assert accuracy > 0.85 and loss < before / 2
 
 
 def test_with_nothing_to_tell_apart_the_hinge_loss_cannot_fall_below_two(micro_dit):
     real, tokens, noise = inputs()
     d = distill.Discriminator(micro_dit, 1, 1)
-    loss, told = distill.discriminator_loss(d, real, real.clone(), torch.full((3,), 0.1), noise, tokens)
-    assert loss >= 2 - 1e-5 and told == pytest.approx(0.5)  # but for rounding
+    s = torch.full((3,), 0.1)
+    loss, accuracy = distill.discriminator_loss(d, real, real.clone(), s, noise, tokens)
+    assert loss >= 2 - 1e-5  # but for rounding
+    assert accuracy == pytest.approx(0.5)
+
+
+def test_the_r1_penalty_is_about_the_squared_slope_of_the_score_on_real_latents(micro_dit):
+    real, tokens, noise = inputs()
+    s = torch.full((3,), 0.1)
+    d = distill.Discriminator(micro_dit, 2, 1).double()
+    real, noise, s = real.double(), noise.double(), s.double()
+    direction = torch.randn_like(real)
+    without, _ = distill.discriminator_loss(d, real, real, s, noise, tokens)
+    penalised, _ = distill.discriminator_loss(d, real, real, s, noise, tokens, 0.5, direction)
+    x_s = dit.add_noise(real, noise, s).requires_grad_(True)
+    slope, = torch.autograd.grad(d(x_s, s, tokens).sum(), x_s)
+    along = (slope * direction).sum((1, 2, 3, 4))
+    expected = 0.5 * along.square().mean().item()
+    assert (penalised - without).item() == pytest.approx(expected, rel=0.1)
+
+
+def test_the_discriminator_is_kept_as_it_was_trained(micro_run):
+    saved = common.load(micro_run / "discriminator.pt", "discriminator")
+    start, _ = dit.load_dit(micro_run / "pruned.pt", torch.device("cpu"), "pruned")
+    design = {name: value for name, value in saved["config"].items() if name != "dit"}
+    discriminator = distill.Discriminator(dit.DiT(**saved["config"]["dit"]), **design)
+    discriminator.load_state_dict(saved["model"])
+    frozen = discriminator.parser.state_dict()
+    assert len(discriminator.parser.blocks) == 1
+    assert all(torch.equal(p, start.state_dict()[name]) for name, p in frozen.items())
+    # Zero before the first step:
+    assert discriminator.blocks[0].feed_forward.down.weight.abs().max() > 0
+
+
+def test_in_its_warm_up_steps_the_student_does_not_hear_the_discriminator(micro_run, tmp_path):
+    """All four steps of warm-up: the student is that of the distillation term alone."""
+    students = []
+    for name, flags in (("warm-up", ["--d-warmup-steps", "4"]), ("alone", ["--adversarial", "0"]),
+                        ("heard", ["--d-warmup-steps", "3"])):
+        run = tmp_path / name
+        run.mkdir()
+        for file in "latents.pt", "dit.pt", "pruned.pt":
+            shutil.copy(micro_run / file, run)
+        train("distill", run, *flags)
+        students.append(common.load(run / "student.pt", "student")["model"])
+        assert (run / "discriminator.pt").exists() == (name != "alone")
+    warm_up, alone, heard = students
+    assert all(torch.equal(p, alone[name]) for name, p in warm_up.items())
+    assert not all(torch.equal(p, alone[name]) for name, p in heard.items())
+
+
+# ------------------------------------------------------------ the student's steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_the_student_makes_one_evaluation_a_step_without_guidance(micro_dit, steps):
+def test_the_student_makes_one_evaluation_per_step_without_guidance(micro_dit, steps):
     calls = []
-    micro_dit.register_forward_hook(lambda _, args, __: calls.append((len(args[0]), args[1][0].item())))
-    noises = torch.randn(steps, 3, 4, 2, 3, 3)
-    distill.sample_student(micro_dit, noises, inputs()[1])
+    micro_dit.register_forward_hook(
+        lambda _, inputs, __: calls.append((len(inputs[0]), inputs[1][0].item())))
+    distill.sample_student(micro_dit, torch.randn(steps, 3, 4, 2, 3, 3), inputs()[1])
     assert calls == [(3, pytest.approx(t)) for t in distill.student_times(steps).tolist()]
 
 
@@ -114,8 +150,8 @@ def test_the_students_levels_start_at_pure_noise_and_crowd_there():
     assert distill.student_times(1).tolist() == [1]
 
 
-def test_the_student_starts_from_noise_and_forgets_a_perfect_x0():
-    noises, x0 = torch.randn(4, 1, 4, 2, 3, 3), torch.randn(1, 4, 2, 3, 3)
+def test_a_student_that_knows_the_clip_finds_it_from_any_noise():
+    x0 = torch.randn(1, 4, 2, 3, 3)
 
     class Perfect(torch.nn.Module):
         text_encoder = torch.nn.Identity()
@@ -123,11 +159,12 @@ def test_the_student_starts_from_noise_and_forgets_a_perfect_x0():
         def forward(self, x_t, t, text):
             return (x_t - x0) / t.view(-1, 1, 1, 1, 1)
 
-    torch.testing.assert_close(distill.sample_student(Perfect(), noises, None), x0)
+    noise_per_step = torch.randn(4, 1, 4, 2, 3, 3)
+    torch.testing.assert_close(distill.sample_student(Perfect(), noise_per_step, None), x0)
 
 
 def test_the_teachers_endpoint_from_pure_noise_is_its_own_sample(micro_dit):
     _, tokens, noise = inputs()
     end = distill.teacher_endpoint(micro_dit, noise, torch.ones(3), tokens, 3.0, 5)
-    torch.testing.assert_close(end, dit.sample_euler(micro_dit, noise, tokens, torch.zeros_like(tokens), 5, 3.0),
-                               rtol=1e-4, atol=1e-4)
+    sampled = dit.sample_euler(micro_dit, noise, tokens, 5, 3.0)
+    torch.testing.assert_close(end, sampled, rtol=1e-4, atol=1e-4)

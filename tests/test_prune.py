@@ -1,3 +1,4 @@
+"""Pruning: masked equals dense, the budget, what the masks learn, and the teacher's guidance."""
 import pytest
 import torch
 
@@ -12,101 +13,141 @@ def inputs():
     return torch.randn(2, 4, 2, 3, 3), torch.rand(2), torch.randint(2, 10, (2, 5))
 
 
+def a_batch():
+    x0, t, tokens = inputs()
+    return x0, tokens, torch.randn_like(x0), t
+
+
 def velocity(model, masks=None):
     x, t, tokens = inputs()
     return model(x, t, model.text_encoder(tokens), masks)
 
 
-def random_masks(model, keep):
+def random_masks(model, budget):
     torch.manual_seed(3)
-    scores = {name: torch.rand_like(m) for name, m in prune.full_masks(model.config).items()}
-    return {name: m.detach() for name, m in prune.Masks(scores, keep)().items()}
+    full = prune.full_masks(model.config)
+    return prune.Masks({name: torch.rand_like(m) for name, m in full.items()}, budget)
 
 
-@pytest.mark.parametrize("level", [*KEEP, "all"])
-def test_a_pruned_dense_model_equals_its_masked_parent(micro_dit, level):
-    everything = {name: m.shape[-1] for name, m in prune.full_masks(micro_dit.config).items()}
-    keep = KEEP | {"cross_heads": 3} if level == "all" else everything | {level: KEEP[level]}
-    if level.endswith("heads"):  # one count of heads a model
-        keep |= {"self_heads": KEEP[level], "cross_heads": KEEP[level]}
-    masks = random_masks(micro_dit, keep)
+def on_or_off(masks):
+    return {name: m.detach().round() for name, m in masks.items()}
+
+
+@pytest.mark.parametrize("cut", [["blocks"], ["self_heads"], ["ffn"], list(KEEP)], ids=str)
+def test_a_pruned_dense_model_equals_its_masked_parent(micro_dit, cut):
+    budget = {name: m.shape[-1] for name, m in prune.full_masks(micro_dit.config).items()}
+    for name in cut:
+        budget[name] = KEEP[name]
+    budget["cross_heads"] = budget["self_heads"]  # one count of heads for the model
+    masks = on_or_off(random_masks(micro_dit, budget)())
     dense = prune.cut(micro_dit, masks)
-    assert dense.config["depth"] == keep["blocks"] and dense.config["ffn"] == keep["ffn"]
-    torch.testing.assert_close(velocity(dense), velocity(micro_dit, masks), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(velocity(dense), velocity(micro_dit), atol=1e-2)  # and the cut did something
+    assert dense.config["depth"] == budget["blocks"]
+    assert dense.config["heads"] == budget["self_heads"]
+    assert dense.config["ffn"] == budget["ffn"]
+    masked = velocity(micro_dit, masks)
+    torch.testing.assert_close(velocity(dense), masked, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(masked, velocity(micro_dit), atol=1e-2)  # the cut did something
 
 
 def test_full_masks_change_nothing(micro_dit):
-    torch.testing.assert_close(velocity(micro_dit, prune.full_masks(micro_dit.config)), velocity(micro_dit))
+    full = prune.full_masks(micro_dit.config)
+    torch.testing.assert_close(velocity(micro_dit, full), velocity(micro_dit))
 
 
 def test_masks_are_binary_and_reach_the_budget_on_a_schedule(micro_dit):
-    scores = {name: torch.rand_like(m) for name, m in prune.full_masks(micro_dit.config).items()}
-    masks = prune.Masks(scores, KEEP)
+    masks = random_masks(micro_dit, KEEP)
     counts = []
-    for progress in 0, 0.3, 0.6, 1:
-        now = masks(progress)
-        assert all(((m.round() - m).abs() < 1e-6).all() and set(m.round().unique().tolist()) <= {0, 1}
-                   for m in now.values())
-        counts.append(int(now["ffn"].sum(-1).max().round()))
-    assert counts[0] == 64 and counts[-1] == KEEP["ffn"] and counts == sorted(counts, reverse=True)
-    assert all((m.round().sum(-1) == KEEP[name]).all() for name, m in masks().items())
+    for done in 0, 0.3, 0.6, 1:
+        now = masks(done)
+        for m in now.values():
+            torch.testing.assert_close(m, m.round())
+            assert set(m.round().unique().tolist()) <= {0, 1}
+        counts.append(int(now["ffn"].round().sum(-1).max()))
+    assert counts[0] == 64 and counts[-1] == KEEP["ffn"]
+    assert counts == sorted(counts, reverse=True)
+    for name, m in masks().items():
+        assert (m.round().sum(-1) == KEEP[name]).all()
 
 
 def test_units_that_are_off_still_get_a_gradient(micro_dit):
-    scores = {name: torch.rand_like(m) for name, m in prune.full_masks(micro_dit.config).items()}
-    masks = prune.Masks(scores, KEEP)
+    masks = random_masks(micro_dit, KEEP)
     now = masks()
     velocity(micro_dit, now).square().mean().backward()
     for name, logits in masks.logits.items():
-        assert (logits.grad[now[name].detach() < 0.5] != 0).any(), name
+        is_off = now[name].detach() < 0.5
+        assert (logits.grad[is_off] != 0).any(), name
 
 
-def batches(model):
-    x0, t, tokens = inputs()
-    return [(x0, tokens, torch.randn_like(x0), t)]
-
-
-def test_sensitivity_finds_the_units_that_do_nothing(micro_dit):
+def test_taylor_importance_and_magnitude_find_the_units_that_do_nothing(micro_dit):
+    first, second, third = micro_dit.blocks
     with torch.no_grad():  # kill one head, one channel and one block by their outgoing weights
-        micro_dit.blocks[0].self_attention.out.weight[:, 16:32] = 0
-        micro_dit.blocks[1].feed_forward.down.weight[:, 7] = 0
-        for layer in (micro_dit.blocks[2].self_attention.out, micro_dit.blocks[2].cross_attention.out,
-                      micro_dit.blocks[2].feed_forward.down):
-            layer.weight.zero_()
-    taylor = prune.sensitivity(micro_dit, "taylor", batches(micro_dit))
+        first.self_attention.out.weight[:, 16:32] = 0
+        second.feed_forward.down.weight[:, 7] = 0
+        third.self_attention.out.weight.zero_()
+        third.cross_attention.out.weight.zero_()
+        third.feed_forward.down.weight.zero_()
+    taylor = prune.sensitivity(micro_dit, "taylor", [a_batch()])
     assert taylor["self_heads"][0].argmin() == 1 and taylor["self_heads"][0, 1] == 0
-    assert taylor["ffn"][1].argmin() == 7 and taylor["blocks"].argmin() == 2 and taylor["blocks"][2] == 0
-    magnitude = prune.sensitivity(micro_dit, "magnitude", batches(micro_dit))
-    assert magnitude["self_heads"][0].argmin() == 1 and magnitude["ffn"][1].argmin() == 7
+    assert taylor["ffn"][1].argmin() == 7
+    assert taylor["blocks"].argmin() == 2 and taylor["blocks"][2] == 0
+    magnitude = prune.sensitivity(micro_dit, "magnitude", [a_batch()])
+    assert magnitude["self_heads"][0].argmin() == 1
+    assert magnitude["ffn"][1].argmin() == 7
+
+
+def test_taylor_importance_is_the_loss_that_cutting_a_little_of_a_unit_costs(micro_dit):
+    x0, tokens, noise, t = a_batch()
+    scores = prune.sensitivity(micro_dit, "taylor", [(x0, tokens, noise, t)])
+
+    def loss(mask_of_block_1):
+        masks = prune.full_masks(micro_dit.config)
+        masks["blocks"][1] = mask_of_block_1
+        x_t = dit.add_noise(x0, noise, t)
+        v = micro_dit(x_t, t, micro_dit.text_encoder(tokens), masks)
+        return (v - (noise - x0)).square().mean().item()
+
+    slope = (loss(1.01) - loss(0.99)) / 0.02
+    assert scores["blocks"][1].item() == pytest.approx(abs(slope), rel=0.02)
 
 
 def test_learned_masks_move_towards_what_the_teacher_needs():
-    """A teacher in which one head does all the work; masks that start with it cut get it back under output KD."""
+    """A teacher in which one head does all the work: masks that start with it cut get it back."""
     torch.manual_seed(0)
     teacher = dit.DiT(4, 32, 1, 4, 16, 64, vocabulary=10, text_tokens=5)
     for p in teacher.parameters():
         torch.nn.init.normal_(p, std=0.2)
     with torch.no_grad():
-        teacher.blocks[0].self_attention.out.weight[:, :48] *= 0.01  # heads 0 to 2 hardly count
-        teacher.blocks[0].self_attention.out.weight[:, 48:] *= 3
+        out = teacher.blocks[0].self_attention.out.weight
+        out[:, :48] *= 0.01  # heads 0 to 2 hardly count
+        out[:, 48:] *= 3
     scores = {name: torch.zeros_like(m) for name, m in prune.full_masks(teacher.config).items()}
     scores["self_heads"][0] = torch.tensor([1.0, 0.9, 0.8, -0.2])
-    keep = {"blocks": 1, "self_heads": 2, "cross_heads": 4, "ffn": 64}
-    masks = prune.Masks(scores, keep)
+    masks = prune.Masks(scores, {"blocks": 1, "self_heads": 2, "cross_heads": 4, "ffn": 64})
     optimizer = torch.optim.SGD(masks.parameters(), lr=0.02, momentum=0.9)
-    assert masks()["self_heads"][0, 3] == 0
+    assert masks()["self_heads"][0, 3].round() == 0
     for _ in range(60):
         loss = (velocity(teacher, masks()) - velocity(teacher)).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        masks.level_gradients()
+        masks.normalize_gradients()
         optimizer.step()
-    assert masks()["self_heads"][0, 3] == 1
+    assert masks()["self_heads"][0, 3].round() == 1
 
 
 def test_kd_is_zero_for_the_teacher_itself(micro_dit):
-    batch = batches(micro_dit)[0]
-    plain = prune.kd_loss(micro_dit, micro_dit, batch, [])
-    both = prune.kd_loss(micro_dit, micro_dit, batch, ["output", "features"], kept=[0, 1, 2])
+    plain = prune.kd_loss(micro_dit, micro_dit, a_batch(), [])
+    both = prune.kd_loss(micro_dit, micro_dit, a_batch(), ["output", "features"])
     torch.testing.assert_close(plain, both)
+
+
+def test_kd_asks_the_same_of_a_masked_student_and_of_its_dense_cut(micro_dit):
+    """A block that stays learns from the teacher's block at its own place."""
+    masks = on_or_off(random_masks(micro_dit, KEEP | {"cross_heads": 3})())
+    dense = prune.cut(micro_dit, masks)
+    kept_blocks = masks["blocks"].nonzero().flatten().tolist()
+    kd = ["output", "features"]
+    of_masked = prune.kd_loss(micro_dit, micro_dit, a_batch(), kd, masks)
+    of_dense = prune.kd_loss(dense, micro_dit, a_batch(), kd, None, kept_blocks)
+    torch.testing.assert_close(of_dense, of_masked)
+    elsewhere = prune.kd_loss(dense, micro_dit, a_batch(), kd, None, [1, 0])
+    assert not torch.allclose(of_dense, elsewhere)

@@ -1,23 +1,48 @@
 """Each score must rank known good clips above known bad ones before it is used for anything."""
+import io
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import dit
 import sample
 import vae
 
+CPU = torch.device("cpu")
+CAPTION = "a red circle moving left"
+
 
 @pytest.fixture(scope="module")
 def clips():
-    data = vae.Shapes(9, 32, 32, clips=10, seed=1)
-    return data.clip([data.test[i] for i in torch.randperm(len(data.test))[:256]])
+    data = vae.Shapes(9, 32, 32, clips=256, seed=1)
+    return data.clip(list(data.train))
 
 
-def test_smoothness_falls_when_frames_are_shuffled_and_motion_stops_when_they_are_frozen(clips):
+def load_model(run, stage, steps=None, cfg=3.0):
+    return sample.Model(run / f"{stage}.pt", CPU, torch.no_grad, steps, cfg)
+
+
+# ------------------------------------------------------------ the scores
+
+
+def test_the_measure_reads_real_renders_and_chance_on_shuffled_captions():
+    data = vae.Shapes(9, 32, 32, clips=512, seed=5)
+    found = sample.measure(data.clip(list(data.train)))
+    asked = data.combinations[:512]
+    assert (found == asked).all(1).float().mean() >= 0.99
+    shuffled = asked[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
+    by_chance = (found == shuffled).float().mean(0)
+    chance = torch.tensor([1 / len(vae.COLORS), 1 / len(vae.SHAPES), 1 / len(vae.DIRECTIONS)])
+    assert (by_chance - chance).abs().max() < 0.07
+    nothing = torch.full((4, 3, 9, 32, 32), -0.4)
+    assert (sample.measure(nothing) == -1).all()  # a grey clip is no shape at all
+
+
+def test_smoothness_falls_when_frames_are_shuffled_and_frozen_ones_do_not_move(clips):
     good = sample.motion_scores(clips, True)
-    shuffled = sample.motion_scores(clips[:, :, torch.tensor([4, 0, 7, 2, 8, 1, 6, 3, 5])], True)
+    shuffled = sample.motion_scores(clips[:, :, [4, 0, 7, 2, 8, 1, 6, 3, 5]], True)
     frozen = sample.motion_scores(clips[:, :, :1].expand_as(clips), True)
     assert good["motion_smoothness"] > shuffled["motion_smoothness"]
     assert good["dynamic_degree"] > 0.005 and frozen["dynamic_degree"] == 0
@@ -32,12 +57,14 @@ def test_subject_consistency_falls_when_the_subject_changes_on_the_way(clips):
 
 
 def test_the_frechet_distance_grows_with_blur_with_noise_and_with_lost_diversity(clips):
-    real, other = sample.fixed_features(clips[:128]), sample.fixed_features(clips[128:])
-    blurred = torch.nn.functional.avg_pool3d(clips[128:], (1, 3, 3), 1, (0, 1, 1))
-    noisy = clips[128:] + 0.1 * torch.randn(clips[128:].shape, generator=torch.Generator().manual_seed(0))
-    same = clips[128:129].expand(128, -1, -1, -1, -1)
-    base = sample.frechet(other, real)
+    real = sample.fixed_features(clips[:128])
+    others = clips[128:]
+    base = sample.frechet(sample.fixed_features(others), real)
     assert sample.frechet(real, real) == pytest.approx(0, abs=1e-6)
+    g = torch.Generator().manual_seed(0)
+    blurred = torch.nn.functional.avg_pool3d(others, (1, 3, 3), 1, (0, 1, 1))
+    noisy = others + 0.1 * torch.randn(others.shape, generator=g)
+    same = others[:1].expand_as(others)
     for worse in blurred, noisy, same:
         assert sample.frechet(sample.fixed_features(worse), real) > 2 * base
 
@@ -46,47 +73,109 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(200_000, 2, generator=g)
     b = torch.randn(200_000, 2, generator=g) * torch.tensor([2.0, 3.0]) + torch.tensor([1.0, 0.0])
-    assert sample.frechet(a, b) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.03)
+    expected = 1 + (2 - 1) ** 2 + (3 - 1) ** 2
+    assert sample.frechet(a, b) == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("stage, evaluations", [("dit", 80), ("pruned", 80), ("student", 4)])
-def test_the_number_of_network_evaluations_is_counted_not_claimed(micro_run, stage, evaluations):
-    model = sample.Model(micro_run / f"{stage}.pt", torch.device("cpu"), torch.no_grad, None, 3.0)
+def test_the_validation_loss_ranks_models_and_is_always_drawn_the_same(micro_run):
+    data = dit.Latents(micro_run / "latents.pt")
+    model, _ = dit.load_dit(micro_run / "dit.pt", CPU, "dit")
+    loss = sample.validation_loss(model, data, CPU, torch.no_grad)
+    assert loss == sample.validation_loss(model, data, CPU, torch.no_grad)
+    for p in model.final_layer.parameters():
+        p.neg_()
+    assert sample.validation_loss(model, data, CPU, torch.no_grad) > loss
+
+
+def test_each_clip_is_judged_by_what_its_caption_asks_for(micro_run):
+    data = dit.Latents(micro_run / "latents.pt")
+    rendered = vae.Shapes(9, 32, 32, clips=4, seed=1)
+    clips = rendered.clip([0, 1])
+    for verdict in sample.judge(rendered.captions[:2], clips, None, data):
+        assert all(right for right, _ in verdict.values())
+    verdict = sample.judge([CAPTION], clips[:1] * 0, None, data)[0]
+    assert set(verdict) == {"color", "shape", "direction"}
+    assert set(verdict.values()) == {(False, "none")}
+    data.on_shapes = False  # judged by the nearest training clip
+    first, second = sample.judge([data.captions[0], "another"], None, data.x0([0, 1]), data)
+    assert list(first.values()) == [(True, data.captions[0])]
+    assert not any(right for right, _ in second.values())
+
+
+# ------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("stage, nfe", [("dit", 80), ("pruned", 80), ("student", 4)])
+def test_the_number_of_function_evaluations_is_counted_not_claimed(micro_run, stage, nfe):
+    model = load_model(micro_run, stage)
     clips = []
-    model.dit.register_forward_hook(lambda _, args, __: clips.append(len(args[0])))
-    model.sample(model.tokens(["a red circle moving left"] * 2), model.noise(2, 0))
-    assert sum(clips) / 2 == model.evaluations == evaluations
+    model.dit.register_forward_hook(lambda _, inputs, __: clips.append(len(inputs[0])))
+    model.sample(model.prompts([CAPTION] * 2), model.noise(2, 0))
+    assert sum(clips) / 2 == model.nfe == nfe
 
 
 def test_a_clips_noise_is_its_own_whatever_else_is_sampled(micro_run):
-    model = sample.Model(micro_run / "student.pt", torch.device("cpu"), torch.no_grad, None, 3.0)
+    model = load_model(micro_run, "student")
     assert torch.equal(model.noise(3, seed=5)[:, 2], model.noise(1, seed=7)[:, 0])
+
+
+def test_a_student_takes_its_own_steps_unless_told_otherwise(micro_run):
+    assert load_model(micro_run, "student").steps == 4
+    assert load_model(micro_run, "student", steps=2).nfe == 2
+    assert load_model(micro_run, "dit", steps=10, cfg=1).nfe == 10
+
+
+@pytest.mark.parametrize("stage, steps", [("dit", 40), ("student", 4)])
+def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stage, steps):
+    model = load_model(micro_run, stage)
+    prompts = model.prompts([CAPTION])
+    noise = model.noise(1, 0)
+    trajectory = []
+    x0 = model.sample(prompts, noise, trajectory)
+    times = [t for t, _, _ in trajectory]
+    assert len(trajectory) == steps and times == sorted(times, reverse=True)
+    torch.testing.assert_close(trajectory[0][1], noise[0])
+    torch.testing.assert_close(trajectory[-1][2], x0, rtol=1e-3, atol=1e-3)
+    assert torch.equal(x0, model.sample(prompts, noise))
+
+
+# ------------------------------------------------------------ videos and pictures
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
 def test_prompts_become_videos_and_contact_sheets(micro_run, tmp_path, suffix):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle moving left\n\na blue square moving up\n")
     out = tmp_path / f"some videos.{suffix}"
-    sample.main(["--run", str(micro_run), "--prompts", str(prompts), "--out", str(out), "--device", "cpu"])
+    prompts = ["--prompt", CAPTION, "--prompt", "a blue square moving up"]
+    sample.main(["--run", str(micro_run), "--out", str(out), "--device", "cpu", *prompts])
     if suffix == "png":
         image = np.asarray(Image.open(out))
-        assert image.shape[1] == 5 * 132 and image.std() > 1  # five frames side by side
+        assert image.shape[1] == 5 * 132  # five frames side by side, each prompt in its line
+        halves = np.split(image, 2)
+        assert not np.array_equal(halves[0][:36], halves[1][:36])  # the captions
     else:
         frames = sample.iio.imread(out, plugin="pillow" if suffix == "gif" else "pyav")
-        assert len(frames) == 5 and frames.std() > 1
+        assert len(frames) == 5
+        halves = np.split(frames, 2, axis=2)  # the two prompts side by side
+    assert min(half.std() for half in halves) > 1
+    assert not np.array_equal(*halves)
 
 
 def test_the_caption_is_written_on_the_picture():
-    blank, written = (sample.cell(torch.zeros(3, 2, 8, 8), caption) for caption in ("", "a red circle"))
+    clip = torch.zeros(3, 2, 8, 8)
+    blank = sample.cell(clip, "")
+    written = sample.cell(clip, CAPTION)
     assert blank.shape == written.shape and (written != blank).any()
 
 
-def test_the_loss_on_unseen_clips_ranks_models_and_is_always_drawn_the_same(micro_run):
-    data, device = dit.Latents(micro_run / "latents.pt"), torch.device("cpu")
-    model, _ = dit.load_dit(micro_run / "dit.pt", device, "dit")
-    loss = sample.test_loss(model, data, device, torch.no_grad)
-    assert loss == sample.test_loss(model, data, device, torch.no_grad)
-    for p in model.out.parameters():
-        p.neg_()
-    assert sample.test_loss(model, data, device, torch.no_grad) > loss
+def test_a_gif_keeps_a_colour_that_few_pixels_have():
+    g = np.random.default_rng(0)
+    frames = g.integers(30, 110, (3, 120, 160, 1)) + g.integers(0, 9, (3, 120, 160, 3))  # greys
+    colors = [(230, 26, 26), (26, 230, 26), (26, 26, 230), (230, 230, 26), (230, 26, 230)]
+    for i, color in enumerate(colors):
+        frames[:, 20 * i:20 * i + 18, 10:50] = color + g.integers(-20, 20, (3, 18, 40, 3))
+    frames[:, 60:66, 90:96] = 26, 230, 230
+    gif = Image.open(io.BytesIO(sample.gif_bytes(frames.clip(0, 255).astype(np.uint8), 8)))
+    seen = [np.asarray(frame.convert("RGB"))[63, 93] for frame in ImageSequence.Iterator(gif)]
+    assert len(seen) == 3
+    for color in seen:
+        assert np.abs(color.astype(int) - (26, 230, 230)).max() < 25

@@ -1,17 +1,29 @@
+"""The VAE and its data."""
+import io
+import socket
+import threading
+from pathlib import Path
+
+import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
-import sample
+import common
 import vae
 
 RATIOS = [(4, 8, 8), (4, 16, 16), (8, 16, 16), (8, 32, 32), (8, 64, 64)]
 
 
+def small_vae(ratio):
+    torch.manual_seed(0)
+    return vae.VAE(ratio, latent_channels=8, width=8, res_blocks=1)
+
+
 @pytest.mark.parametrize("ratio", RATIOS, ids=str)
 def test_shapes_at_every_compression_ratio_of_the_paper(ratio):
-    model = vae.VAE(ratio, latent_channels=8, width=8)
+    model = small_vae(ratio)
     x = torch.randn(1, 3, 1 + 2 * ratio[0], 2 * ratio[1], ratio[2])
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (1, 8, 3, 2, 1)
@@ -20,22 +32,23 @@ def test_shapes_at_every_compression_ratio_of_the_paper(ratio):
 
 @pytest.mark.parametrize("ratio", [(4, 8, 8), (8, 32, 32)], ids=str)
 def test_the_vae_never_sees_the_future(ratio):
-    torch.manual_seed(0)
-    model, rt = vae.VAE(ratio, latent_channels=8, width=8).double(), ratio[0]
+    model = small_vae(ratio).double()
+    rt = ratio[0]
     x = torch.randn(1, 3, 1 + 3 * rt, ratio[1], ratio[2], dtype=torch.float64)
     changed = x.clone()
     changed[:, :, 1 + rt:] += 1  # everything after the second latent frame's own pixels
-    z, z_changed = model.encode(x)[0], model.encode(changed)[0]
+    z = model.encode(x)[0]
+    z_changed = model.encode(changed)[0]
     assert torch.equal(z[:, :, :2], z_changed[:, :, :2])
     assert not torch.allclose(z[:, :, 2:], z_changed[:, :, 2:])
-    y, y_changed = model.decode(z), model.decode(z_changed)
+    y = model.decode(z)
+    y_changed = model.decode(z_changed)
     assert torch.equal(y[:, :, :1 + rt], y_changed[:, :, :1 + rt])
-    assert not torch.allclose(y[:, :, 1 + rt], y_changed[:, :, 1 + rt])  # its own frames begin right there
+    assert not torch.allclose(y[:, :, 1 + rt], y_changed[:, :, 1 + rt])  # its own begin right there
 
 
 def test_a_picture_is_a_video_of_one_frame():
-    torch.manual_seed(0)
-    model = vae.VAE((4, 8, 8), latent_channels=8, width=8).double()
+    model = small_vae((4, 8, 8)).double()
     x = torch.randn(1, 3, 9, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(model.encode(x[:, :, :1])[0], model.encode(x)[0][:, :, :1])
     z = torch.randn(1, 8, 3, 2, 2, dtype=torch.float64)
@@ -44,22 +57,25 @@ def test_a_picture_is_a_video_of_one_frame():
 
 @pytest.mark.parametrize("preset", vae.PRESETS)
 def test_every_preset_is_a_network_that_can_be_built(preset):
-    p = {k: vae.dims(v) if k in ("size", "ratio") else v for k, v in vae.PRESETS[preset].items()}
-    vae.check_size(p["size"], p["ratio"])
+    p = vae.PRESETS[preset]
+    ratio = common.size(p["ratio"])
+    vae.check_size(common.size(p["size"]), ratio)
     with torch.device("meta"):
-        model = vae.VAE(p["ratio"], p["latent_channels"], p["width"], p["res_blocks"])
-        assert model.encode(torch.empty(1, 3, 1, *p["ratio"][1:]))[0].shape == (1, p["latent_channels"], 1, 1, 1)
+        model = vae.VAE(ratio, p["latent_channels"], p["width"], p["res_blocks"])
+        mean, _ = model.encode(torch.empty(1, 3, 1, *ratio[1:]))
+    assert mean.shape == (1, p["latent_channels"], 1, 1, 1)
 
 
-def test_the_norm_for_the_phone_is_the_same_norm_and_survives_float16():
-    norm, x = vae.RMSNorm(64, affine=False), torch.randn(5, 64)
-    plain = norm(x)
-    norm.float16_safe = True
-    torch.testing.assert_close(norm(x), plain, rtol=1e-4, atol=1e-4)
-    large = x.half() * 4000  # its squares leave float16's range
-    torch.testing.assert_close(norm(large).float(), plain, rtol=1e-2, atol=1e-2)
-    norm.float16_safe = False
-    assert not torch.allclose(norm(large).float(), plain, rtol=1e-2, atol=1e-2)
+def test_gradient_checkpointing_changes_no_gradient():
+    model = small_vae((4, 8, 8))
+    x = torch.randn(1, 3, 5, 16, 16)
+    noise = torch.randn(1, 8, 2, 2, 2)
+    gradients = []
+    for model.gradient_checkpointing in False, True:
+        loss, _ = vae.vae_loss(model, x, noise, 1e-3)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for kept, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, kept)
 
 
 def test_psnr_is_that_of_its_definition():
@@ -70,101 +86,144 @@ def test_psnr_is_that_of_its_definition():
         def decode(self, z):
             return z + 0.2  # 0.1 of the range [0, 1]: 20 dB
 
-    assert vae.psnr(Off(), [torch.zeros(2, 3, 1, 8, 8)], torch.no_grad) == pytest.approx(20, abs=1e-4)
+    clips = [torch.zeros(2, 3, 1, 8, 8)]
+    assert vae.psnr(Off(), clips, torch.no_grad) == pytest.approx(20, abs=1e-4)
+
+
+# ------------------------------------------------------------ the data
 
 
 def test_no_held_out_combination_is_trained_on_yet_every_pair_is():
     data = vae.Shapes(5, 16, 16, clips=3000, seed=0)
-    train = {tuple(data.combos[i].tolist()) for i in data.train}
+    train = {tuple(data.combinations[i].tolist()) for i in data.train}
     held_out = set(data.held_out_captions)
     assert held_out and not held_out & {data.captions[i] for i in data.train}
     assert held_out <= {data.captions[i] for i in data.test}
+    sizes = [len(vae.COLORS), len(vae.SHAPES), len(vae.DIRECTIONS)]
     for a, b in (0, 1), (1, 2), (0, 2):
-        sizes = [len(vae.COLORS), len(vae.SHAPES), len(vae.DIRECTIONS)]
         assert len({(c[a], c[b]) for c in train}) == sizes[a] * sizes[b]
 
 
 def test_a_rendered_clip_depends_on_its_index_and_seed_alone():
-    a, b, c = (vae.Shapes(5, 16, 16, clips=50, seed=s) for s in (1, 1, 2))
+    a, b, c = (vae.Shapes(5, 16, 16, clips=50, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(a.clip([3, 7])[1:], b.clip([7]))
     assert not torch.equal(a.clip([7]), c.clip([7]))
-    more = vae.Shapes(5, 16, 16, clips=80, seed=1)  # more training clips leave the test clips as they are
+    more = vae.Shapes(5, 16, 16, clips=80, seed=1)  # leaves the test clips as they are
     assert torch.equal(a.clip(list(a.test)), more.clip(list(more.test)))
 
 
-def test_the_measure_reads_real_renders_and_chance_on_shuffled_captions():
-    data = vae.Shapes(9, 32, 32, clips=512, seed=5)
-    found = sample.measure(data.clip(list(data.test)))
-    right = found == sample.expected([data.captions[i] for i in data.test])
-    assert right.all(1).float().mean() >= 0.99
-    g = torch.Generator().manual_seed(0)
-    shuffled = [data.captions[i] for i in torch.randperm(len(data.test), generator=g) + len(data.train)]
-    by_chance = (found == sample.expected(shuffled)).float().mean(0)
-    chance = torch.tensor([1 / len(vae.COLORS), 1 / len(vae.SHAPES), 1 / len(vae.DIRECTIONS)])
-    assert (by_chance - chance).abs().max() < 0.07
-    nothing = torch.full((4, 3, 9, 32, 32), -0.4)
-    assert (sample.measure(nothing) == -1).all()  # a grey clip is no shape at all
+def film(frames=40, suffix=".mp4"):
+    pixels = np.random.default_rng(0).integers(0, 255, (frames, 48, 64, 3), dtype=np.uint8)
+    return iio.imwrite("<bytes>", pixels, extension=suffix, plugin="pyav", codec="libx264", fps=20)
 
 
-@pytest.fixture
-def clips(tmp_path):
-    """Two good clips, one of them in colour noise, and files that cannot be used."""
-    for name, seed in ("one", 0), ("two words", 1):
-        frames = np.random.default_rng(seed).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8)
-        iio.imwrite(tmp_path / f"{name}.mp4", frames, plugin="pyav", codec="libx264", fps=20)
-        (tmp_path / f"{name}.txt").write_text(f"a clip called {name}\n")
-    (tmp_path / "text.mp4").write_text("not a video")
-    (tmp_path / "text.txt").write_text("a text")
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "empty.txt").write_text("nothing")
-    (tmp_path / "silent.mp4").write_bytes((tmp_path / "one.mp4").read_bytes())  # no caption
-    iio.imwrite(tmp_path / "short.gif", np.zeros((3, 32, 32, 3), np.uint8), plugin="pillow")
-    (tmp_path / "short.txt").write_text("three frames")
-    return tmp_path
+def sound():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), "s16", "mono")
+        frame.rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
 
 
-def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(clips, capsys):
-    data = vae.Folder(clips, 5, 16, 16, clips=1000, stride=2)
-    assert {data.captions[i] for i in data.train} == {"a clip called one", "a clip called two words"}
-    assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16) and data.clip([0]).abs().max() <= 1
-    skipped = capsys.readouterr().err
-    for name in "text.mp4", "empty.mp4", "silent.mp4", "short.gif":
-        assert f"skipped {name}" in skipped
-    trained, tested = ({(v, f) for v, s in (data.windows[i] for i in part) for f in range(s, s + 9)}
-                       for part in (data.train, data.test))
-    assert tested and not trained & tested  # no frame of a test window is trained on
+def playlist(address):
+    return f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{address}\n#EXT-X-ENDLIST\n".encode()
 
 
-def test_a_folder_without_a_usable_clip_is_an_error(tmp_path, capsys):
+FILM = film()
+PART = film(suffix=".ts")  # what the playlists are of
+EMBEDDING = np.ones((4, 6), np.float32)
+
+
+def write(folder, name="a.mp4", data=FILM, caption=b"a clip", embedding=None):
+    path = folder / name
+    path.write_bytes(data)
+    if caption is not None:
+        path.with_suffix(".txt").write_bytes(caption)
+    if embedding is not None:
+        np.save(path.with_suffix(".npy"), embedding)
+
+
+def read(folder):
+    return vae.Folder(folder, 5, 16, 16, clips=1000, stride=2)
+
+
+def refused(folder, capsys):
+    """-> what is said before exit status 2."""
     with pytest.raises(SystemExit) as stop:
-        vae.Folder(tmp_path, 5, 16, 16, clips=10, stride=1)
-    assert stop.value.code == 2 and "no usable clip" in capsys.readouterr().err
+        read(folder)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_embeddings_of_your_own_stand_beside_the_clips(clips):
-    for name in "one", "two words":
-        np.save(clips / f"{name}.npy", np.ones((4, 6), np.float32))
-    data = vae.Folder(clips, 5, 16, 16, clips=10, stride=1)
-    assert data.embeddings["a clip called one"].shape == (4, 6)
+def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, capsys):
+    write(tmp_path, "one.mp4", embedding=EMBEDDING)
+    write(tmp_path, "two words.mkv", film(suffix=".mkv"), b"another\nclip", EMBEDDING * 2)
+    write(tmp_path, "text.mp4", b"not a video", b"a text")
+    data = read(tmp_path)
+    assert {data.captions[i] for i in data.train} == {"a clip", "another clip"}
+    assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16)
+    assert data.clip([0]).abs().max() <= 1
+    assert data.embeddings["another clip"].tolist() == (EMBEDDING * 2).tolist()
+    assert capsys.readouterr().err.count("skipped") == 1
 
 
-def test_muon_makes_every_direction_of_a_matrix_count_the_same():
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(16, 40))
-    gradient = torch.randn(16, 40) * torch.logspace(0, -2, 16)[:, None]
-    optimizer = vae.Muon([weight], lr=1.0)
-    weight.grad = gradient
-    optimizer.step()
-    singular = torch.linalg.svdvals(weight)
-    assert singular.min() > 0.5 and singular.max() < 1.3
-    assert (weight * gradient).sum() < 0  # and it goes downhill
+def test_no_frame_of_a_test_window_is_trained_on(tmp_path):
+    write(tmp_path)
+    data = read(tmp_path)
+
+    def frames(part):
+        windows = [data.windows[i] for i in part]
+        return {(video, first + i) for video, first in windows for i in range(9)}
+
+    assert frames(data.test) and not frames(data.train) & frames(data.test)
 
 
-def test_muon_blows_up_no_direction_in_half_precision():
-    """A gradient of low rank is the hard case: rounding stands where its small singular values would be."""
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(32, 64))
-    weight.grad = torch.randn(32, 3) @ torch.randn(3, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        vae.Muon([weight], lr=1.0).step()
-    assert 0.5 < torch.linalg.svdvals(weight)[:3].min() and torch.linalg.svdvals(weight).max() < 1.3
+class Code:
+    """Unpickled without care, it makes a file."""
+
+    def __reduce__(self):
+        return open, ("was run", "w")
+
+
+UNUSABLE = {
+    "empty": dict(data=b""), "text": dict(data=b"no film"), "zeros": dict(data=bytes(50_000)),
+    "truncated": dict(data=FILM[:5000]), "too short": dict(data=film(17)),
+    "sound alone": dict(data=sound()), "escapes": dict(name="\x1b[31mred\n.mp4", data=b""),
+    "a playlist": dict(name="a.m3u8", data=playlist("../part.ts")),
+    "a playlist in disguise": dict(data=playlist("../part.ts")),
+    "no caption": dict(caption=None), "an empty caption": dict(caption=b""),
+    "Latin-1": dict(caption="é".encode("latin-1")), "too long": dict(caption=b"word " * 513),
+    "NaN": dict(embedding=EMBEDDING * np.nan), "one dimension": dict(embedding=EMBEDDING[0]),
+    "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_clip_that_cannot_be_used_is_skipped(tmp_path, capsys, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("part.ts").write_bytes(PART)
+    Path("clips").mkdir()
+    write(Path("clips"), **UNUSABLE[kind])
+    told = refused("clips", capsys)
+    assert "skipped " in told and "error: no usable clip in clips" in told
+    assert "\x1b[31m" not in told
+    assert not Path("was run").exists()
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.mp4"])
+def test_a_playlist_reaches_no_server(tmp_path, capsys, name):
+    server = socket.create_server(("127.0.0.1", 0))
+    visit = threading.Thread(target=lambda: server.accept()[0].close(), daemon=True)
+    visit.start()
+    write(tmp_path, name, playlist(f"http://127.0.0.1:{server.getsockname()[1]}/part.ts"))
+    assert "no usable clip" in refused(tmp_path, capsys)
+    assert visit.is_alive()  # still waiting
+
+
+@pytest.mark.parametrize("other", [None, EMBEDDING[:2], EMBEDDING[:, :2]],
+                         ids=["none", "2x6", "4x2"])
+def test_embeddings_that_do_not_fit_together_are_refused(tmp_path, capsys, other):
+    write(tmp_path, embedding=EMBEDDING)
+    write(tmp_path, "b.mp4", caption=b"another", embedding=other)
+    assert "must all have one shape" in refused(tmp_path, capsys)

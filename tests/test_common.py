@@ -1,0 +1,117 @@
+"""What every script shares: optimisers, the learning rate, shares of a batch; who may import whom.
+Files and resuming have tests of their own: test_resume, test_bad_input."""
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import common
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = ["common", "vae", "dit", "prune", "distill", "sample", "export_coreml"]
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+def test_imports_point_upstream_only(name):
+    upstream = PIPELINE[:PIPELINE.index(name)]
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported & set(PIPELINE) <= set(upstream)
+
+
+def test_the_learning_rate_goes_up_then_down_to_zero():
+    steps = 400
+    shares = [common.warmup_cosine(step, steps) for step in range(steps + 1)]
+    peak = shares.index(max(shares))
+    assert 20 <= peak <= 40 and 0.95 < shares[peak] <= 1
+    assert 0 < shares[0] < 0.1
+    assert shares[:peak + 1] == sorted(shares[:peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert shares[-1] == pytest.approx(0, abs=1e-12)
+    assert common.warmup_cosine(0, 1) == 1  # a run of one step learns
+
+
+def test_muon_makes_every_direction_of_a_matrix_count_the_same():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 40))
+    weight.grad = torch.randn(16, 40) * torch.logspace(0, -2, 16)[:, None]
+    common.Muon([weight], lr=1.0).step()
+    singular = torch.linalg.svdvals(weight)
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    assert (weight * weight.grad).sum() < 0  # and it goes downhill
+
+
+def test_muon_blows_up_no_direction_in_half_precision():
+    """A gradient of low rank is the hard case: rounding stands where its small singular values
+    would be."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(32, 64))
+    weight.grad = torch.randn(32, 3) @ torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        common.Muon([weight], lr=1.0).step()
+    singular = torch.linalg.svdvals(weight)
+    assert singular[:3].min() > 0.5 and singular.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40), (8, 4, 3, 3, 3)], ids=str)
+def test_muon_steps_matrices_of_one_shape_as_it_would_each_alone(shape):
+    torch.manual_seed(0)
+    gradients = torch.randn(3, *shape)
+    together = [nn.Parameter(torch.zeros(shape)) for _ in gradients]
+    alone = [nn.Parameter(torch.zeros(shape)) for _ in gradients]
+    for weights in together, alone:
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient.clone()
+    common.Muon(together, lr=0.1).step()
+    for weight in alone:
+        common.Muon([weight], lr=0.1).step()
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one, other)
+
+
+def test_muon_takes_the_matrices_adamw_the_rest_and_frozen_parameters_rest():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].requires_grad_(False)
+    muon, adamw = common.Optimizer(model, "muon", 0.02).parts
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model[1].weight)]
+    taken = {id(p) for p in adamw.param_groups[0]["params"]}
+    assert taken == {id(model[0].weight), id(model[1].bias)}
+    paper, = common.Optimizer(model, "adamw", 0.02).parts
+    assert isinstance(paper, torch.optim.AdamW) and len(paper.param_groups[0]["params"]) == 3
+
+
+def test_a_steps_random_numbers_are_its_own_and_always_the_same():
+    def draw(*key):
+        return torch.rand(4, generator=common.step_generator(*key))
+
+    assert torch.equal(draw("dit", 0, 7), draw("dit", 0, 7))
+    for other in ("vae", 0, 7), ("dit", 1, 7), ("dit", 0, 8):
+        assert not torch.equal(draw("dit", 0, 7), draw(*other))
+
+
+def test_the_weighted_means_of_the_processes_shares_sum_to_the_batchs_mean(monkeypatch):
+    batch = torch.arange(10.0)
+    sums = []
+    monkeypatch.setattr(common, "WORLD", 3)
+    monkeypatch.setattr(common.dist, "all_reduce", sums.append)
+    for rank in range(3):
+        monkeypatch.setattr(common, "RANK", rank)
+        common.average([batch[rank::3].mean()], batch_size=10)
+    assert sum(sums) == pytest.approx(batch.mean().item())
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "WORLD", 3)
+    args = SimpleNamespace(batch_size=2, out=tmp_path / "dit.pt")
+    with pytest.raises(SystemExit) as stop:
+        common.Loop("dit", args, {}, 6, torch.device("cpu"), None)
+    assert stop.value.code == 2
+    assert "3 processes need at least a clip each" in capsys.readouterr().err
