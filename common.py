@@ -135,6 +135,8 @@ def add_training_flags(p):
     p.add_argument("--lr", type=number(1e-12), help="peak; adamw wants a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
     p.add_argument("--ema", type=number(0, 1), help="decay of the average weights that are saved")
+    p.add_argument("--accumulate", type=positive, default=1,
+                   help="parts of a batch, one after the other: the same update in less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=number(0), default=60, help="seconds; 0: every step")
@@ -142,8 +144,8 @@ def add_training_flags(p):
 
 def settings_of(args):
     """What a result depends on: every flag but file names and those that change only rounding."""
-    left_out = ("preset", "device", "dtype", "compile", "gradient_checkpointing", "save_every",
-                "dry_run")
+    left_out = ("preset", "device", "dtype", "accumulate", "compile", "gradient_checkpointing",
+                "save_every", "dry_run")
     return {name: value for name, value in vars(args).items()
             if name not in left_out and not isinstance(value, Path)}
 
@@ -167,12 +169,24 @@ def set_up(args):
         atexit.register(dist.destroy_process_group)
         if not FIRST:  # only the first process prints
             sys.stdout = open(os.devnull, "w")
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast)
+    bfloat16 = args.dtype == "bfloat16"
+    if args.dtype == "auto" and device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.dtype == "auto" and device.type == "cpu":
+        # Some CPUs that have bfloat16 take twice as long with it, others a quarter: try.
+        bfloat16 = product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def product_seconds(dtype):
+    """The least of a few times that a product of matrices takes on the CPU."""
+    x = torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def progress(items=None, **how):
@@ -200,6 +214,13 @@ def average(tensors, batch_size):
 
 def average_gradients(parameters, batch_size):
     average([p.grad for p in parameters if p.grad is not None], batch_size)
+
+
+def micro_batches(batch, n):
+    """The tensors of a batch in n parts, one after the other: what fraction of the batch a part is,
+    and its tensors. Losses are means, so with that factor gradients add up to the whole batch's."""
+    for part in zip(*(x.chunk(n) for x in batch)):
+        yield len(part[0]) / len(batch[0]), part
 
 
 # ------------------------------------------------------------ optimisers
@@ -434,6 +455,7 @@ class Loop:
         self.seconds = 0.0  # over all starts of the run
         self.history = {}  # name -> one value per step
         self.logged = []  # the last steps' values, still on the device
+        self.logged_step = None
         self.received = 0  # SIGINT or SIGTERM, once it came
         if WORLD > args.batch_size:
             fail(f"--batch-size {args.batch_size}: {WORLD} processes need at least a clip each")
@@ -457,9 +479,15 @@ class Loop:
              seconds=self.seconds, history=self.history, **state)
 
     def log(self, **values):
-        """Notes this step's values: 0-dimensional tensors, means over this process's clips. The
-        gradient's norm is one of them: what is not finite ends the run before it saves."""
-        self.logged.append({name: value.detach().float() for name, value in values.items()})
+        """Notes values of this step, 0-dimensional tensors; those of a name add up, as the parts of
+        a mean over this process's clips. The gradient's norm is one of them: what is not finite
+        ends the run before it saves."""
+        if self.logged_step != self.step:
+            self.logged.append({})
+            self.logged_step = self.step
+        row = self.logged[-1]
+        for name, value in values.items():
+            row[name] = row.get(name, 0) + value.detach().float()
 
     def __iter__(self):
         handlers = {signum: signal.signal(signum, self.note_signal)

@@ -33,8 +33,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
                     check_settings, checksum, count_parameters, fail, finish, make_parser,
-                    not_negative, number, positive, run_script, save, set_up, settings_of,
-                    step_generator, stop_if_done, warmup_cosine)
+                    micro_batches, not_negative, number, positive, run_script, save, set_up,
+                    settings_of, step_generator, stop_if_done, warmup_cosine)
 from dit import PAD, Block, Latents, add_noise, guided_velocity, load_dit, logit_normal
 from vae import RMSNorm
 
@@ -269,45 +269,53 @@ def main(argv=None):
 
     loop = Loop("distill", args, settings, args.steps, device, draw, student=student,
                 discriminator=discriminator, ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
-    for step, (real, prompts, noise, t, s, s_noise, r1_noise) in loop:
+    for step, batch in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
         d_optimizer.set_lr(warmup_cosine(step, args.steps))
-        log = {}
-        loss = 0.0
-        x_t = add_noise(real, noise, t)
-        with precision():
-            fake = predict(student, x_t, t, student.text_encoder(prompts))
-
-        if args.distillation:
-            with precision():
-                target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
-            # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean.
-            distillation = ((fake - target).square() + 0.01).sqrt().mean()
-            loss = loss + args.distillation * distillation
-            log["distillation"] = distillation
 
         if args.adversarial:
-            with precision():
-                d_loss, accuracy = discriminator_loss(discriminator, real, fake.detach(), s,
-                                                      s_noise, prompts, args.r1, r1_noise)
             discriminator.zero_grad()
-            d_loss.backward()
+            for fraction, part in micro_batches(batch, args.accumulate):
+                real, prompts, noise, t, s, s_noise, r1_noise = part
+                x_t = add_noise(real, noise, t)
+                with precision(), torch.no_grad():
+                    fake = predict(student, x_t, t, student.text_encoder(prompts))
+                with precision():
+                    d_loss, accuracy = discriminator_loss(discriminator, real, fake, s, s_noise,
+                                                          prompts, args.r1, r1_noise)
+                (fraction * d_loss).backward()
+                loop.log(hinge=fraction * d_loss, d_accuracy=fraction * accuracy)
             average_gradients(discriminator.parameters(), args.batch_size)
             nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
             d_optimizer.step()
-            with precision():
-                adversarial = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
-            weight = args.adversarial if step >= args.d_warmup_steps else 0.0
-            loss = loss + weight * adversarial
-            log |= dict(generator=adversarial, hinge=d_loss, d_accuracy=accuracy)
 
         student.zero_grad()
-        loss.backward(inputs=list(student.parameters()))  # not the discriminator's
+        for fraction, part in micro_batches(batch, args.accumulate):
+            real, prompts, noise, t, s, s_noise, _ = part
+            x_t = add_noise(real, noise, t)
+            loss = 0.0
+            with precision():
+                fake = predict(student, x_t, t, student.text_encoder(prompts))
+            if args.distillation:
+                with precision():
+                    target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg,
+                                              args.teacher_steps)
+                # Pseudo-Huber: where the outcome is open, a squared error would want the blurred
+                # mean.
+                distillation = ((fake - target).square() + 0.01).sqrt().mean()
+                loss = loss + args.distillation * distillation
+                loop.log(distillation=fraction * distillation)
+            if args.adversarial:
+                with precision():
+                    generator = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
+                weight = args.adversarial if step >= args.d_warmup_steps else 0.0
+                loss = loss + weight * generator
+                loop.log(generator=fraction * generator)
+            (fraction * loss).backward(inputs=list(student.parameters()))
         average_gradients(student.parameters(), args.batch_size)
-        log["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         optimizer.step()
         ema.update_parameters(student)
-        loop.log(**log)
 
     params = count_parameters(student)
     metrics = dict(params=params, discriminator_params=count_parameters(discriminator),

@@ -36,9 +36,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    count_parameters, fail, finish, load, make_parser, number, positive, reading,
-                    run_script, save, say, set_up, settings_of, size, step_generator,
-                    stop_if_done, warmup_cosine)
+                    count_parameters, fail, finish, load, make_parser, micro_batches, number,
+                    positive, reading, run_script, save, say, set_up, settings_of, size,
+                    step_generator, stop_if_done, warmup_cosine)
 from vae import PRESETS as VAE_PRESETS
 from vae import RMSNorm, check_size
 
@@ -56,12 +56,11 @@ PRESETS = {
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128,
                 lr=0.02, optimizer="muon", ema=0.9995),
-    # The paper's sizes. Mobile is what prune.py cuts out of server, for training it from scratch.
-    "mobile": dict(width=2048, depth=20, heads=20, head_dim=64, ffn=6144, steps=200000,
-                   batch_size=256, lr=5e-5, optimizer="adamw", ema=0.9995),
-    "server": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000,
+    # The paper's teacher, on the phone's clips; prune.py cuts the phone's model out of it.
+    "mobile": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000,
                    batch_size=256, lr=5e-5, optimizer="adamw", ema=0.9995),
 }
+PRESETS["server"] = PRESETS["mobile"]
 
 SIZES = ("width", "depth", "heads", "head_dim", "ffn")
 
@@ -572,17 +571,18 @@ def main(argv=None):
 
     loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                 optimizer=optimizer)
-    for step, (x0, prompts, noise, t) in loop:
+    for step, batch in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
-        with precision():
-            loss = loss_fn(dit, x0, prompts, noise, t)
         dit.zero_grad()
-        loss.backward()
+        for fraction, (x0, prompts, noise, t) in micro_batches(batch, args.accumulate):
+            with precision():
+                loss = fraction * loss_fn(dit, x0, prompts, noise, t)
+            loss.backward()
+            loop.log(loss=loss)
         average_gradients(dit.parameters(), args.batch_size)
-        grad_norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(dit.parameters(), 1.0))
         optimizer.step()
         ema.update_parameters(dit)
-        loop.log(loss=loss, grad_norm=grad_norm)
 
     last_losses = loop.history["loss"][-50:]
     metrics = dict(params=count_parameters(dit), loss=sum(last_losses) / len(last_losses))

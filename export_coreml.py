@@ -36,8 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (add_file, fail, make_parser, positive, reading, record_metrics, run_script,
-                    size)
+from common import add_file, fail, make_parser, positive, reading, record_metrics, run_script, size
 from distill import predict_x0, sample_student, student_times
 from dit import PAD, DiT, FeedForward, load_dit, planned_config, text_input, words
 from prune import PRESETS as PRUNE_PRESETS

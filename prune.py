@@ -32,10 +32,10 @@ from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common import (Loop, Optimizer, add_file, add_training_flags, average, average_gradients,
-                    check_settings, checksum, count_parameters, fail, finish, make_parser, number,
-                    positive, progress, run_script, save, set_up, settings_of, step_generator,
-                    stop_if_done, warmup_cosine)
+from common import (Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    check_settings, checksum, count_parameters, fail, finish, make_parser,
+                    micro_batches, number, positive, progress, run_script, save, set_up,
+                    settings_of, step_generator, stop_if_done, warmup_cosine)
 from dit import (DiT, Latents, add_dry_run, add_noise, flow_loss, load_dit, planned_config,
                  print_cost)
 
@@ -69,18 +69,19 @@ def full_masks(config):
             "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
 
 
-def taylor_importance(dit, batches, batch_size):
+def taylor_importance(dit, batches, batch_size, accumulate):
     """|d loss / d mask|, the first-order estimate of what cutting a unit costs (Molchanov et al.,
     https://arxiv.org/abs/1906.10771), averaged over batches of (x0, prompts, noise, t)."""
     device = batches[0][0].device
     masks = {name: m.to(device).requires_grad_(True) for name, m in full_masks(dit.config).items()}
     scores = {name: torch.zeros_like(m) for name, m in masks.items()}
     for batch in progress(batches, desc="sensitivity", leave=False, delay=1):
-        loss = flow_loss(dit, *batch, masks)
-        gradients = torch.autograd.grad(loss, list(masks.values()))
-        average(gradients, batch_size)  # over the processes, which have a share of the batch each
-        for name, gradient in zip(masks, gradients):
-            scores[name] += gradient.abs() / len(batches)
+        for fraction, part in micro_batches(batch, accumulate):
+            (fraction * flow_loss(dit, *part, masks)).backward(inputs=list(masks.values()))
+        average_gradients(masks.values(), batch_size)
+        for name, mask in masks.items():
+            scores[name] += mask.grad.abs() / len(batches)
+            mask.grad = None
     return scores
 
 
@@ -98,7 +99,7 @@ def weight_magnitude(dit):
     return {name: torch.stack(rows) for name, rows in scores.items()}
 
 
-def sensitivity(dit, criterion, batches, seed=0, batch_size=1):
+def sensitivity(dit, criterion, batches, seed=0, batch_size=1, accumulate=1):
     """One score per unit, in the masks' shapes; higher means keep. criterion: taylor (where learned
     masks start, too), magnitude or random. batches: a list of (x0, prompts, noise, t), of which
     this process has a share of batch_size clips."""
@@ -109,7 +110,7 @@ def sensitivity(dit, criterion, batches, seed=0, batch_size=1):
         device = batches[0][0].device
         return {name: torch.rand(m.shape, generator=g).to(device)
                 for name, m in full_masks(dit.config).items()}
-    return taylor_importance(dit, batches, batch_size)
+    return taylor_importance(dit, batches, batch_size, accumulate)
 
 
 # ------------------------------------------------------------ 2. masks
@@ -218,7 +219,9 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     for i in range(8):
         g = step_generator("sensitivity", args.seed, i)
         batches.append([x.to(device) for x in data.draw(g, args.batch_size, cfg_dropout=0.1)])
-    scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size)
+    teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
+    scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
+                         args.accumulate)
     masks = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     student.gradient_checkpointing = args.gradient_checkpointing
@@ -238,17 +241,18 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
         done = min(1, step / (0.7 * args.mask_steps))
         mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - done)
         optimizer.set_lr(warmup_cosine(step, args.mask_steps))
-        with precision():
-            loss = loss_fn(student, teacher, batch, args.kd, masks(done))
         student.zero_grad()
         masks.zero_grad()
-        loss.backward()
+        for fraction, part in micro_batches(batch, args.accumulate):
+            with precision():
+                loss = fraction * loss_fn(student, teacher, part, args.kd, masks(done))
+            loss.backward()
+            loop.log(loss=loss)
         average_gradients([*student.parameters(), *masks.parameters()], args.batch_size)
-        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         optimizer.step()
         masks.normalize_gradients()
         mask_optimizer.step()
-        loop.log(loss=loss, grad_norm=grad_norm)
     return student, scores, masks, loop
 
 
@@ -265,15 +269,16 @@ def recover(args, settings, data, teacher, dense, kept_blocks, device, precision
                 optimizer=optimizer)
     for step, batch in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
-        with precision():
-            loss = loss_fn(dense, teacher, batch, args.kd, None, kept_blocks)
         dense.zero_grad()
-        loss.backward()
+        for fraction, part in micro_batches(batch, args.accumulate):
+            with precision():
+                loss = fraction * loss_fn(dense, teacher, part, args.kd, None, kept_blocks)
+            loss.backward()
+            loop.log(loss=loss)
         average_gradients(dense.parameters(), args.batch_size)
-        grad_norm = nn.utils.clip_grad_norm_(dense.parameters(), 1.0)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(dense.parameters(), 1.0))
         optimizer.step()
         ema.update_parameters(dense)
-        loop.log(loss=loss, grad_norm=grad_norm)
     return ema.module, loop
 
 
@@ -325,8 +330,7 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.dry_run is not None:
-        # The mobile preset is cut out of the server DiT.
-        config = planned_config("server" if args.preset == "mobile" else args.preset)
+        config = planned_config(args.preset)
         sizes = kept_sizes(args, config)
         print("teacher: ", end="")
         params = print_cost(config, args.preset, args.dry_run)

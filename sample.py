@@ -41,8 +41,7 @@ from common import (add_device_flags, add_file, count_parameters, fail, load, ma
                     positive, progress, read_metrics, reading, record_metrics, run_script, say,
                     set_up, step_generator, write_atomically)
 from distill import sample_student
-from dit import (Latents, decode, flow_loss, load_dit, logit_normal, sample_euler, text_input,
-                 words)
+from dit import Latents, decode, flow_loss, load_dit, logit_normal, sample_euler, text_input, words
 from vae import COLORS, DIRECTIONS, SHAPES, load_vae, open_data, shape_coverage
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}

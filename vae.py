@@ -35,8 +35,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from common import (FIRST, SHARE, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, checksum, count_parameters, fail, finish, load, make_parser,
+from common import (FIRST, SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    checksum, count_parameters, fail, finish, load, make_parser, micro_batches,
                     number, positive, progress, reading, run_script, save, say, set_up,
                     settings_of, size, step_generator, stop_if_done, warmup_cosine)
 
@@ -583,17 +583,18 @@ def main(argv=None):
 
     loop = Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
                 optimizer=optimizer)
-    for step, (x, noise) in loop:
+    for step, batch in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
-        with precision():
-            loss, mse = loss_fn(vae, x, noise, args.kl)
         vae.zero_grad()
-        loss.backward()
+        for fraction, (x, noise) in micro_batches(batch, args.accumulate):
+            with precision():
+                loss, mse = loss_fn(vae, x, noise, args.kl)
+            (fraction * loss).backward()
+            loop.log(loss=fraction * loss, psnr_db=fraction * 10 * torch.log10(4 / mse))
         average_gradients(vae.parameters(), args.batch_size)
-        grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(vae.parameters(), 1.0))
         optimizer.step()
         ema.update_parameters(vae)
-        loop.log(loss=loss, psnr_db=10 * torch.log10(4 / mse), grad_norm=grad_norm)
 
     if not FIRST:
         return

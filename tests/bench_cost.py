@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Optimizer, count_parameters, set_up, size  # noqa: E402
 from dit import PRESETS, DiT, flow_loss, forward_flops, planned_config  # noqa: E402
+from prune import PRESETS as PRUNE_PRESETS  # noqa: E402
 
 PRODUCT_FLOPS = 2 * 4096 ** 3
 PAPER_MS = {"4x16x16": 7900, "8x32x32": 380, "8x64x64": 90}  # a DiT step on the paper's phone
@@ -50,7 +51,9 @@ def matrix_product(device, dtype):
 def ratios(device, precision, rounds):
     with precision():
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-    config = planned_config("mobile")
+    kept = PRUNE_PRESETS["mobile"]
+    config = planned_config("mobile") | dict(depth=kept["blocks"], heads=kept["heads"],
+                                             ffn=kept["ffn"])
     dit = DiT(**config).to(device, dtype)
     for p in dit.parameters():
         p.normal_(std=0.02)

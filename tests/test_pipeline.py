@@ -87,7 +87,7 @@ def test_the_example_of_parts_in_your_own_code_computes_what_it_says():
     exec(code, own)
     dense = own["small"]
     whole = own["dit"]
-    x, t, tokens = own["noise"], own["t"], own["tokens"]
+    x, t, tokens = own["noise"], own["t"], own["prompts"]
     masked = whole(x, t, whole.text_encoder(tokens), own["masks"])
     torch.testing.assert_close(dense(x, t, dense.text_encoder(tokens)), masked)
     assert masked.abs().max() > 1e-3
