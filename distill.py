@@ -273,6 +273,7 @@ def main(argv=None):
         optimizer.set_lr(warmup_cosine(step, args.steps))
         d_optimizer.set_lr(warmup_cosine(step, args.steps))
 
+        # The discriminator's step, on real latents and on what the student makes now.
         if args.adversarial:
             discriminator.zero_grad()
             for fraction, part in micro_batches(batch, args.accumulate):
@@ -289,6 +290,7 @@ def main(argv=None):
             nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
             d_optimizer.step()
 
+        # The student's step, towards the teacher's outcome and against the new discriminator.
         student.zero_grad()
         for fraction, part in micro_batches(batch, args.accumulate):
             real, prompts, noise, t, s, s_noise, _ = part

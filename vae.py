@@ -21,6 +21,7 @@ only. So the first frame is encoded alone, a picture is a video of one frame, an
 Reading order: the model, the loss, the data (rendered clips, then filmed ones), the training.
 """
 import math
+import os
 import re
 import tempfile
 import zlib
@@ -523,6 +524,8 @@ def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
     shape = (len(data.captions), *latent_shape)
     with open(path, "wb") as file:
         file.truncate(2 * math.prod(shape))
+        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash while mapped
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
     latents = torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
     total = torch.zeros(latent_shape[0], dtype=torch.float64)
     total_of_squares = total.clone()

@@ -2,6 +2,8 @@
 Files and resuming have tests of their own: test_resume, test_bad_input."""
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,3 +144,18 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(micro_run, tmp_path, sta
         assert in_parts["history"][name] == pytest.approx(values, rel=1e-4, abs=1e-6)
     for name, p in whole["model"].items():
         torch.testing.assert_close(in_parts["model"][name], p, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
+def test_latents_larger_than_memory_can_be_opened(tmp_path):
+    common.save(tmp_path / "latents.pt", stage="latents", settings={},
+                latents=torch.zeros(50_000_000, dtype=torch.float16))  # 100 MB
+    code = """if True:
+        import re, resource, sys
+        import common
+        used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 50_000_000,) * 2)
+        print(len(common.load(sys.argv[1], "latents")["latents"]))"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "latents.pt"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == "50000000\n", done.stderr

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-import common
-import dit
-import export_coreml
-import vae
-from distill import sample_student
-from export_coreml import convert, evaluate, program_cost, read_program
+pytest.importorskip("coremltools")
+
+import common  # noqa: E402
+import dit  # noqa: E402
+import export_coreml  # noqa: E402
+import vae  # noqa: E402
+from distill import sample_student  # noqa: E402
+from export_coreml import convert, evaluate, program_cost, read_program  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,9 @@ def evaluate(run, *flags):
 @pytest.fixture(scope="session")
 def scored_run(micro_run):
     evaluate(micro_run, "--score", "4")
-    export_coreml.main(["--run", str(micro_run)])
     evaluate(micro_run, "--report")
+    if export_coreml.ct:
+        export_coreml.main(["--run", str(micro_run)])
     return micro_run
 
 
@@ -46,11 +47,16 @@ def test_the_chain_leaves_every_file_and_figure_that_the_design_names(scored_run
     for scores in metrics["score"].values():
         assert SCORES <= set(scores)
     assert "validation_loss" in metrics["score"]["dit"]
+    assert (scored_run / "report.html").stat().st_size > 100
+    assert not list(scored_run.glob("*.resume")) and not list(scored_run.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not export_coreml.ct, reason="no coremltools for this Python or system")
+def test_the_export_leaves_its_packages_and_figures(scored_run):
+    metrics = json.loads((scored_run / "metrics.json").read_text())
     for package in metrics["export"].values():
         assert {"bytes", "ops", "max_rank", "precision", "parity_max_abs"} <= set(package)
-    for name in "report.html", "coreml/manifest.json":
-        assert (scored_run / name).stat().st_size > 100
-    assert not list(scored_run.glob("*.resume")) and not list(scored_run.glob("*.tmp"))
+    assert (scored_run / "coreml/manifest.json").stat().st_size > 100
 
 
 def test_training_clips_as_the_vae_keeps_them_say_how_far_a_score_can_go(scored_run):
