@@ -143,7 +143,8 @@ def add_training_flags(p):
 
 
 def settings_of(args):
-    """What a result depends on: every flag but file names and those that change only rounding."""
+    """What a result depends on: every flag but file names and those that change it at most by
+    rounding."""
     left_out = ("preset", "device", "dtype", "accumulate", "compile", "gradient_checkpointing",
                 "save_every", "dry_run")
     return {name: value for name, value in vars(args).items()
@@ -335,7 +336,8 @@ def write_atomically(path, write):
 
 
 def save(path, **checkpoint):
-    """A flat dict of tensors and plain values; torch.load(path, weights_only=True) reads it."""
+    """A dict of tensors, plain values, and dicts and lists of these: torch.load(path,
+    weights_only=True) reads it."""
     write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
@@ -440,7 +442,7 @@ class Loop:
 
     draw(step) -> the tensors of a batch, from `step_generator`, so that a resumed run repeats an
     unbroken one bit by bit. state: everything with a state_dict that the run changes. It is saved
-    every --save-every seconds, and when told to stop (Ctrl-C, SIGTERM)."""
+    every --save-every seconds, at the end, and when told to stop (Ctrl-C, SIGTERM)."""
 
     def __init__(self, stage, args, settings, steps, device, draw, **state):
         self.stage = stage

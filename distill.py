@@ -13,14 +13,14 @@ parser, and adds learnable layers with full 3D attention and cross-attention to 
              (never trained)     (3D attention, cross-attention)
 
 Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the
-same low level s before they are judged; the shared modulation is frozen, too; the discriminator
-trains alone for some warm-up steps, or the student outruns it; x0 is noised again between sampling
+same low level s before they are judged; the shared modulation is frozen, too; the student does not
+hear the discriminator for some warm-up steps, or it outruns it; x0 is noised again between sampling
 steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG trajectory
 from the same x_t; an optional approximate R1 term.
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
-    python distill.py --adversarial 0   # the distillation term alone
-    python distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20
+    python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
+    python distill.py --run runs/y --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20
 """
 import argparse
 import copy
@@ -47,7 +47,7 @@ PRESETS = {
         batch_size=32,
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,
-        d_warmup_steps=10,   # in which the discriminator trains alone
+        d_warmup_steps=10,   # in which the student does not hear the discriminator
         optimizer="muon",
         ema=0.95),           # the average of about the last 20 steps
     "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
@@ -93,8 +93,8 @@ def sample_student(dit, noise_per_step, prompts, trajectory=None):
 
 @torch.no_grad()
 def teacher_endpoint(teacher, x_t, t, prompts, cfg, steps):
-    """Where the teacher's CFG trajectory from x_t ends: equal Euler steps from each clip's own
-    level t [b] down to 0."""
+    """Where the teacher's CFG trajectory from x_t, noised real latents, ends: equal Euler steps
+    from each clip's own level t [b] down to 0."""
     text = teacher.text_encoder(prompts)
     empty = teacher.text_encoder(torch.full_like(prompts, PAD))
     x = x_t
@@ -124,12 +124,13 @@ class Convolution(nn.Module):
 
 class Discriminator(nn.Module):
     """K frozen blocks of a DiT as features of noisy latents at level s, then trainable blocks of
-    the same kind. All that comes from the DiT is frozen: embedders, modulation, K blocks; the added
-    blocks, norm and linear layer train. Raises ValueError for more blocks than the DiT has.
+    the same kind. All that comes from the DiT is frozen: embedders, text encoder, modulation, K
+    blocks; the added blocks, norm and linear layer train. Raises ValueError for more blocks than
+    the DiT has.
 
     Designs to compare with: no trainable block leaves a linear layer per token; head "convolution";
     K = 0 learns all blocks from scratch (embedders and modulation stay inherited);
-    without time conditioning the feature parser is told that every level is 0."""
+    without time conditioning all of it is told that every level is 0."""
 
     def __init__(self, dit, frozen_blocks, trainable_blocks, head="attention",
                  time_conditioning=True):

@@ -103,7 +103,7 @@ def text_input(metadata, captions):
 
 
 class TextEncoder(nn.Module):
-    """Word numbers [b, n] -> [b, n, width]; or embeddings [b, n, text_dim] of an encoder of your
+    """Word numbers [b, m] -> [b, m, width]; or embeddings [b, m, text_dim] of an encoder of your
     own -> the same. Padding has an embedding like any word, so cross-attention needs no mask."""
 
     def __init__(self, width, vocabulary, text_tokens, text_dim):
@@ -123,7 +123,7 @@ class TextEncoder(nn.Module):
 def rope_angles(t, h, w, head_dim, device):
     """Angles [t*h*w, head_dim / 2] of 3D RoPE (https://arxiv.org/abs/2104.09864; our reading of how
     to split it). A quarter of a head's pairs of channels stands for time, three eighths for height,
-    three eighths for width; each pair turns at its own frequency, from 1 to about 1/100 radian per
+    three eighths for width; each pair turns at its own frequency, from 1 towards 1/100 radian per
     position, since hardly a grid is longer than 100."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
@@ -224,8 +224,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and FFN, modulated by the noise level, with cross-attention to the text, which
-    is not, in between.
+    """Self-attention, cross-attention to the text, FFN. The noise level modulates the first and the
+    last, not the cross-attention.
 
     adaLN-single (PixArt-alpha, https://arxiv.org/abs/2310.00426): one projection of the noise level
     serves all blocks, and each block adds a table of its own to it."""
@@ -238,8 +238,8 @@ class Block(nn.Module):
         self.cross_attention = Attention(width, heads, head_dim)
         self.norm3 = RMSNorm(width, affine=False)
         self.feed_forward = FeedForward(width, ffn)
-        # Our reading: gates start open, and the projections that they gate at zero, so that a new
-        # block is the identity and learns at once.
+        # Our reading: gates start open and every output projection at zero, so that a new block is
+        # the identity and learns at once.
         table = torch.tensor([0.0, 0, 1, 0, 0, 1])  # shift, scale, gate of attention and of FFN
         self.scale_shift_table = nn.Parameter(table[:, None].repeat(1, width))
         nn.init.zeros_(self.self_attention.out.weight)

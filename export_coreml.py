@@ -4,7 +4,7 @@ Stated by the paper: Core ML Tools, half precision, no extra compilation, no spe
 its second version a tiled GEMM for the FFN. Our reading: three ML programs, float16 throughout,
 iOS 18, fixed shapes, no tensor of more than five dimensions.
 
-    text_encoder   words [1, n] int32                      -> text [1, n, width]    once per prompt
+    text_encoder   words [1, m] int32                      -> text [1, m, width]    once per prompt
     generator      x_t [1, c, t, h, w], t [1], text        -> x0 [1, c, t, h, w]    4 times per clip
     decoder        x0                                      -> video [1, 3, frames, height, width]
 
@@ -218,8 +218,6 @@ OPERATIONS = {
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none"}[mode]),
     "greater_equal": lambda x, y: x >= y,
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
-    "matmul": lambda x, y, transpose_x, transpose_y: (
-        (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)),
     "mul": lambda x, y: x * y,
     "real_div": lambda x, y: x / y,
     "reduce_max": lambda x, axes, keep_dims: x.amax(list(axes), keepdim=keep_dims),
@@ -232,7 +230,6 @@ OPERATIONS = {
     "silu": lambda x: F.silu(x),
     "sin": lambda x: x.sin(),
     "slice_by_index": slice_by_index,
-    "softmax": lambda x, axis: x.softmax(axis),
     "split": lambda x, split_sizes, axis: x.split(split_sizes.tolist(), dim=axis),
     "squeeze": lambda x, axes: x.squeeze(tuple(axes.tolist())),
     "sub": lambda x, y: x - y,
@@ -469,8 +466,8 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
 
 
 def random_student(preset, seed):
-    """A preset's student as distill.py would leave it, but for the training. -> dit, checkpoint,
-    vae."""
+    """A preset's student as distill.py would leave it, but for the training, and with a text
+    encoder of six words. -> dit, checkpoint, vae."""
     torch.manual_seed(seed)
     of_vae = VAE_PRESETS[preset]
     of_pruned = PRUNE_PRESETS[preset]

@@ -17,8 +17,8 @@ parameters (in our reading 1.91 B -> 0.955 B).
 
 Our reading: the linear layers' channels are the FFN's hidden ones; first-order Taylor importance of
 the flow-matching loss; straight-through gradients, normalised, under SGD; a cubic budget schedule
-that ends at 70 % of the steps, where the masks come to rest; one count of heads and channels for
-all blocks (so that one config describes the model); three losses (flow matching, the teacher's
+that ends at 70 % of the mask steps, where the masks come to rest; one count of heads and channels
+for all blocks (so that one config describes the model); three losses (flow matching, the teacher's
 velocity, its tokens after each block) of the same weight.
 
     python prune.py                                    # runs/tiny/dit.pt -> masks.pt, pruned.pt
@@ -121,7 +121,7 @@ class Masks(nn.Module):
 
     def __init__(self, scores, budget):
         """scores: where the logits start, standardised per row; budget: {mask: units per row that
-        stay}, by default all."""
+        stay}; a mask that it does not name keeps all."""
         super().__init__()
         self.budget = budget
         self.logits = nn.ParameterDict()
@@ -183,10 +183,11 @@ def cut(dit, masks):
 
 
 def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
-    """The velocity's squared error against the flow's; with `output` in kd against the teacher's,
-    too; with `features` that of the tokens after each block that stays, relative to their size.
-    batch: x0 [b, c, t, h, w], prompts [b, words], noise, t [b]. The student has all blocks, under
-    masks; or only those whose indices in the teacher are kept_blocks."""
+    """Squared error of the velocity from the flow's; with `output` in kd also from the teacher's;
+    with `features` also that of the tokens after each kept block, relative to their size. While the
+    student has all blocks, under masks, block i learns from block i; after the cut, block j learns
+    from the teacher's block kept_blocks[j]. batch: x0 [b, c, t, h, w], prompts [b, words], noise,
+    t [b]."""
     x0, prompts, noise, t = batch
     x_t = add_noise(x0, noise, t)
     with torch.no_grad():
@@ -287,7 +288,7 @@ def largest_difference(dense, student, masks, data):
     """Between the velocities of the dense model and of its masked parent, on one batch."""
     device = masks["ffn"].device
     batch = data.draw(step_generator("difference"), batch_size=8)
-    x_t, prompts, _, t = [x.to(device) for x in batch]
+    x_t, prompts, _, t = [x.to(device) for x in batch]  # x0, used as it is
     masked = student(x_t, t, student.text_encoder(prompts), masks)
     return (dense(x_t, t, dense.text_encoder(prompts)) - masked).abs().max().item()
 

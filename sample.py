@@ -1,8 +1,8 @@
 """Prompts in, videos out; the scores of every checkpoint; a page that shows what each stage does.
 
-The paper reports VBench (https://arxiv.org/abs/2311.17982). Its dimensions keep their names here,
-but each is a plain formula: the data is rendered, so a clip can be measured instead of shown to
-another network.
+The paper reports VBench (https://arxiv.org/abs/2311.17982). Three of its dimensions keep their
+names here, but each is a plain formula: the data is rendered, so a clip can be measured instead of
+shown to another network.
 
     text alignment        share of clips with colour (by palette), shape (by template) and direction
                           (by centroid) all as the caption says; of filmed clips, the share whose
@@ -11,10 +11,11 @@ another network.
     subject consistency   cosine similarity of each frame's subject with the first frame's
     motion smoothness     1 - mean distance of a frame from the mean of its neighbours
     dynamic degree        mean difference of neighbouring frames, pixels in [0, 1]
-    Frechet distance      from real clips, on the features of a fixed random network; less is better
+    Frechet distance      from test clips as the VAE keeps them, on the features of a fixed random
+                          network; less is better
 
-A student samples in its own few steps without guidance; dit.pt and pruned.pt take --sampling-steps
-Euler steps with --cfg.
+A student samples without guidance in its own few steps, unless --prompt comes with
+--sampling-steps; dit.pt and pruned.pt take --sampling-steps Euler steps with --cfg.
 
     python sample.py --prompt "a red circle moving left" --out red.mp4   # or .gif, .png
     python sample.py --score        # every checkpoint of the run -> metrics.json
@@ -51,8 +52,8 @@ STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpo
 
 
 class Model:
-    """A checkpoint of dit.py, prune.py or distill.py, ready to sample. steps: None for a student's
-    own, 40 for the others. nfe: function evaluations per clip."""
+    """A checkpoint of dit.py, prune.py or distill.py, ready to sample. steps: None means 40, or
+    a student's own. nfe: function evaluations per clip."""
 
     def __init__(self, path, device, precision, steps, cfg):
         self.dit, self.checkpoint = load_dit(path, device, *STAGES)

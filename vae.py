@@ -177,10 +177,9 @@ class VAE(nn.Module):
                              "16, 32 or 64")
         self.config = dict(ratio=ratio, latent_channels=latent_channels, width=width,
                            res_blocks=res_blocks)
-        self.ratio = ratio
         self.gradient_checkpointing = False
 
-        # One stage per halving that is still to do; time is halved in the last ones.
+        # A stage halves space, time or both; where one needs fewer halvings, its come last.
         halvings_t = int(math.log2(rt))
         halvings_s = int(math.log2(rs // self.patch))
         stages = max(halvings_t, halvings_s)
@@ -425,7 +424,7 @@ def thin_out(windows, most):
 
 
 class Folder:
-    """Windows of filmed clips: name.mp4 (or whatever FFmpeg decodes), its caption in name.txt, and
+    """Windows of filmed clips: name.mp4 (or another of CONTAINERS), its caption in name.txt, and
     in name.npy, if you like, an embedding of that by an encoder of your own. Files that cannot be
     used are named and skipped; decoded clips lie on disk, so that memory does not grow."""
 
@@ -613,7 +612,7 @@ def main(argv=None):
     latents, mean, std = encode_all(vae, data, latent_shape, part, args.batch_size, device,
                                     precision)
     save(args.latents, stage="latents", metrics=metrics, settings=settings,
-         config=dict(size=args.size, ratio=args.ratio, data=args.data),
+         config=dict(size=args.size, data=args.data),
          latents=latents, mean=mean, std=std, checksum=checksum([latents]),
          train_clips=len(data.train), captions=data.captions,
          held_out_captions=data.held_out_captions, embeddings=data.embeddings)

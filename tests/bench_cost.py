@@ -83,7 +83,7 @@ def ratios(device, precision, rounds):
 def training_step(config, grid, batch, device, precision, optimizer_name="adamw"):
     """-> a function of no arguments that does one."""
     dit = DiT(**config).to(device)
-    optimizer = Optimizer(dit, optimizer_name, 1e-4)
+    optimizer = Optimizer(dit, optimizer_name, 1e-4, precision)
     x0, noise = torch.randn(2, batch, config["latent_channels"], *grid, device=device)
     t = torch.rand(batch, device=device)
     tokens = torch.ones(batch, config["text_tokens"], device=device).long()
@@ -91,10 +91,9 @@ def training_step(config, grid, batch, device, precision, optimizer_name="adamw"
     def step():
         with precision():
             loss = flow_loss(dit, x0, tokens, noise, t)
-        optimizer.zero_grad()
+        dit.zero_grad()
         loss.backward()
-        with precision():
-            optimizer.step()
+        optimizer.step()
 
     return step
 

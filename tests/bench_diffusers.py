@@ -67,7 +67,7 @@ def compare(pair, task, precision, device, rounds):
             with torch.set_grad_enabled(task == "training step"), precision():
                 loss = loss_fn()
             if task == "training step":
-                optimizers[name].zero_grad()
+                pair[name][0].zero_grad()
                 loss.backward()
                 optimizers[name].step()
             if device.type == "cuda":
