@@ -2,6 +2,9 @@
 its files."""
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 # Models this small gain nothing from a second thread, and lose much where cores are shared. Said
 # here, since it counts only before torch is imported.
@@ -54,3 +57,18 @@ def micro_dit():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pretended_device(request, tmp_path_factory):
+    """For test_device.py: started with the first test, since it takes a while."""
+    if not any("test_device" in item.nodeid for item in request.session.items):
+        yield
+        return
+    script = Path(__file__).parent / "pretended_device.py"
+    run = tmp_path_factory.mktemp("pretended")
+    process = subprocess.Popen([sys.executable, script, run], cwd=script.parent.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    yield process
+    process.kill()
+    process.wait()
