@@ -23,7 +23,7 @@ demo: .venv/ready
 	$(PY) prune.py $(WHERE)
 	$(PY) distill.py $(WHERE)
 	$(PY) sample.py $(WHERE) --score
-	@if $(PY) -c "import coremltools" 2> /dev/null; then echo $(PY) export_coreml.py; $(PY) export_coreml.py $(WHERE); \
+	@if $(PY) -c "import coremltools" 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
 	else echo "Left out: the export. There is no coremltools for this Python or system."; fi
 	$(PY) sample.py $(WHERE) --report
 	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures; coreml/, for the phone.\n'

@@ -315,7 +315,8 @@ def parse_arguments(argv):
                         "magnitude, or random score")
     p.add_argument("--kd", nargs="*", choices=["output", "features"],
                    default=["output", "features"],
-                   help="what the teacher teaches: its velocity, its tokens after each block")
+                   help="what the teacher teaches: its velocity, its tokens after each block; "
+                        "with nothing after --kd: no teacher")
     p.add_argument("--mask-steps", type=positive, help="steps of learning masks, before --steps")
     p.add_argument("--mask-lr", type=number(0), default=0.002,
                    help="learning rate of the mask logits, down to 0 as the budget is reached")

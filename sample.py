@@ -621,12 +621,12 @@ def main(argv=None):
     if args.out.suffix not in (".mp4", ".gif", ".png"):
         fail(f"--out {args.out}: the name must end in .mp4, .gif or .png")
     device, precision = set_up(args)
+    if args.prompt:
+        make_clips(args, args.prompt, device, precision)
     if args.score:
         score(args, device, precision)
     if args.report:
         report(args, device, precision)
-    if args.prompt:
-        make_clips(args, args.prompt, device, precision)
 
 
 if __name__ == "__main__":
