@@ -146,8 +146,7 @@ def rotate(x, rope):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim]. Written out where PyTorch's
-    fused kernel is slow: in bfloat16 on a CPU a training step of preset tiny takes 1.7 times as
-    long with it."""
+    fused kernel is slow: in bfloat16 on a CPU (docs/performance.md)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [b, heads, n, m]
         return scores.softmax(-1) @ v
