@@ -1,6 +1,6 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
-# make demo PRESET=toy                     the same at another preset
+# make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
@@ -14,14 +14,15 @@ RUN ?= runs/$(PRESET)
 SEEDS ?= 3
 PY = .venv/bin/python
 WHERE = --preset $(PRESET) --run "$(RUN)"
+HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS))
 
 .PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
 
 demo: .venv/ready
-	$(PY) vae.py $(WHERE) --data "$(DATA)"
-	$(PY) dit.py $(WHERE)
-	$(PY) prune.py $(WHERE)
-	$(PY) distill.py $(WHERE)
+	$(PY) vae.py $(HOW) --data "$(DATA)"
+	$(PY) dit.py $(HOW)
+	$(PY) prune.py $(HOW) $(if $(STEPS),--mask-steps $(STEPS))
+	$(PY) distill.py $(HOW)
 	$(PY) sample.py $(WHERE) --score
 	@if $(PY) -c "import coremltools" 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
 	else echo "Left out: the export. There is no coremltools for this Python or system."; fi

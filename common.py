@@ -11,6 +11,7 @@ The training step itself stands in each script.
 import argparse
 import atexit
 import contextlib
+import datetime
 import json
 import math
 import mmap
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -82,10 +84,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def size(text):
     """'9x32x32' -> (9, 32, 32): time x height x width."""
-    t, h, w = (int(part) for part in text.split("x"))
-    if min(t, h, w) < 1 or max(t, h, w) >= 2 ** 16:
-        raise ValueError
-    return t, h, w
+    try:
+        t, h, w = (int(part) for part in text.split("x"))
+        if 1 <= min(t, h, w) and max(t, h, w) < 2 ** 16:
+            return t, h, w
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not time x height x width, such as 9x32x32")
 
 
 def number(low, high=2 ** 31, kind=float):
@@ -101,6 +106,17 @@ def number(low, high=2 ** 31, kind=float):
 
 positive = number(1, kind=int)
 not_negative = number(0, kind=int)
+
+
+def steps_of(preset_steps):
+    """An argparse type: a number of steps; below 1 a share of the preset's."""
+    def parse(text):
+        if 0 < float(text) < 1:
+            return max(1, round(float(text) * preset_steps))
+        return positive(text)
+
+    parse.__name__ = "number"
+    return parse
 
 
 def make_parser(doc, presets, argv):
@@ -130,7 +146,8 @@ def add_device_flags(p):
 
 def add_training_flags(p):
     add_device_flags(p)
-    p.add_argument("--steps", type=positive, help="optimiser steps")
+    p.add_argument("--steps", type=steps_of(p.get_default("steps")),
+                   help="optimiser steps; below 1: a share of the preset's")
     p.add_argument("--batch-size", type=positive, help="clips per step, over all processes")
     p.add_argument("--lr", type=number(1e-12), help="peak; adamw wants a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
@@ -140,13 +157,17 @@ def add_training_flags(p):
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=number(0), default=60, help="seconds; 0: every step")
+    p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
+                   help="only say what training costs, on clips of this size")
+    p.add_argument("--memory", type=number(1), default=80, metavar="GB",
+                   help="of the GPU that --dry-run is about")
 
 
 def settings_of(args):
     """What a result depends on: every flag but file names and those that change it at most by
     rounding."""
     left_out = ("preset", "device", "dtype", "accumulate", "compile", "gradient_checkpointing",
-                "save_every", "dry_run")
+                "save_every", "dry_run", "memory")
     return {name: value for name, value in vars(args).items()
             if name not in left_out and not isinstance(value, Path)}
 
@@ -166,7 +187,9 @@ def set_up(args):
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A process may wait for as long as the first one encodes the data set.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)
         if not FIRST:  # only the first process prints
             sys.stdout = open(os.devnull, "w")
@@ -307,8 +330,39 @@ class Optimizer:
             part.load_state_dict(saved)
 
 
+def average_weights(model, args):
+    """The exponential moving average of a model's weights: of 1 / (1 - decay) steps, but never of
+    more than a third of the run."""
+    decay = min(args.ema, max(0, 1 - 3 / args.steps))
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
 def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
+
+
+# Bytes per weight: itself and its bfloat16 copy; then gradient, AdamW's moments, average.
+FROZEN_BYTES = 4 + 2
+TRAINED_BYTES = FROZEN_BYTES + 4 + 8 + 4
+
+
+def print_memory(args, fixed, kept, kept_checkpointing):
+    """--dry-run: whether a training step fits the GPU, and with which flags. fixed: bytes whatever
+    the batch; kept: bytes per clip for the backward pass; kept_checkpointing: the same under
+    --gradient-checkpointing."""
+    print(f"  memory: {fixed / 1e9:.3g} GB whatever the batch, {kept / 1e9:.3g} GB per clip, "
+          f"{kept_checkpointing / 1e9:.3g} with --gradient-checkpointing (estimates)")
+    room = 0.9 * args.memory * 1e9 - fixed  # a tenth is for all that is not counted
+    answers = []
+    for flag, per_clip in (("", kept), (" --gradient-checkpointing", kept_checkpointing)):
+        clips = int(room / per_clip)
+        if clips >= args.batch_size:
+            answers.append(f"fits{flag and ' with'}{flag}")
+        elif clips >= 1:
+            parts = math.ceil(args.batch_size / clips)
+            answers.append(f"fits with --accumulate {parts}{flag}")
+    answer = ", ".join(answers) or "does not fit, not even one clip at a time"
+    print(f"  batch {args.batch_size} on a GPU of {args.memory:g} GB: {answer}")
 
 
 # ------------------------------------------------------------ files
@@ -358,7 +412,8 @@ def load(path, *stages):
     first: torch compares no checksums, and would take flipped bits for weights."""
     path = Path(path)
     if not path.is_file():
-        fail(f"there is no file {path}: an earlier stage makes it")
+        maker = {"latents": "vae", "masks": "prune", "pruned": "prune", "student": "distill"}
+        fail(f"there is no file {path}: {maker.get(stages[0], stages[0])}.py makes it")
     with reading(path):
         if FIRST:
             with zipfile.ZipFile(path) as archive:

@@ -29,13 +29,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    check_settings, checksum, count_parameters, fail, finish, make_parser,
-                    micro_batches, not_negative, number, positive, run_script, save, set_up,
+from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file,
+                    add_training_flags, average_gradients, average_weights, check_settings,
+                    checksum, count_parameters, fail, finish, make_parser, micro_batches,
+                    not_negative, number, positive, print_memory, run_script, save, set_up,
                     settings_of, step_generator, stop_if_done, warmup_cosine)
-from dit import PAD, Block, Latents, add_noise, guided_velocity, load_dit, logit_normal
+from dit import (PAD, Block, Latents, add_noise, guided_velocity, kept_bytes, load_dit,
+                 logit_normal, planned_config, planned_tokens, print_cost)
+from prune import planned_pruned
 from vae import RMSNorm
 
 PRESETS = {
@@ -160,13 +162,11 @@ class Discriminator(nn.Module):
             s = torch.zeros_like(s)
         text = self.parser.text_encoder(prompts)
         x, modulation, rope, _ = self.parser.embed_inputs(x_s, s)
-        for block in self.parser.blocks:
-            x = block(x, modulation, text, rope)
-        for block in self.blocks:
+        for block in [*self.parser.blocks, *self.blocks]:
             if isinstance(block, Convolution):
                 x = block(x, x_s.shape[2:])
             else:
-                x = block(x, modulation, text, rope)
+                x = self.parser.run_block(block, x, modulation, text, rope)
         score_per_token = self.out(self.norm(x)).squeeze(-1)  # [b, n]
         return score_per_token.mean(dim=1).float()
 
@@ -228,8 +228,29 @@ def parse_arguments(argv):
     return args
 
 
+def print_costs(args):
+    """--dry-run. The student's gradient also passes through all blocks of the discriminator."""
+    config = planned_pruned(args.preset)
+    n = planned_tokens(args)
+    teacher_params = print_cost("teacher", planned_config(args.preset), n)
+    params = print_cost("student", config, n)
+    of_parser = config | dict(depth=args.frozen_blocks)
+    of_head = config | dict(depth=args.trainable_blocks)
+    parser_params = print_cost("discriminator, frozen", of_parser, n)
+    head_params = print_cost("discriminator, trainable", of_head, n)
+    kept = []
+    for gradient_checkpointing in (False, True):
+        parts = [kept_bytes(c, n, gradient_checkpointing) for c in (config, of_parser, of_head)]
+        kept.append(sum(parts))
+    print_memory(args, FROZEN_BYTES * (teacher_params + parser_params)
+                 + TRAINED_BYTES * (params + head_params), *kept)
+
+
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.dry_run is not None:
+        print_costs(args)
+        return
     device, precision = set_up(args)
     teacher, teacher_checkpoint = load_dit(args.teacher, device, "dit")
     start, start_checkpoint = load_dit(args.pruned, device, "pruned", "dit")
@@ -252,7 +273,8 @@ def main(argv=None):
         discriminator = Discriminator(start, **design).to(device)
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
-    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    discriminator.parser.gradient_checkpointing = args.gradient_checkpointing
+    ema = average_weights(student, args)
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
     d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
     predict = torch.compile(predict_x0) if args.compile else predict_x0

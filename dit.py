@@ -25,22 +25,22 @@ evaluations that distill.py brings down to 4.
 Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config),
 as the discriminator's features (the first K blocks).
 """
+import math
 import re
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    count_parameters, fail, finish, load, make_parser, micro_batches, number,
-                    positive, reading, run_script, save, say, set_up, settings_of, size,
-                    step_generator, stop_if_done, warmup_cosine)
+from common import (SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
+                    average_gradients, average_weights, count_parameters, fail, finish, load,
+                    make_parser, micro_batches, number, positive, print_memory, reading, run_script,
+                    save, say, set_up, settings_of, size, step_generator, stop_if_done,
+                    warmup_cosine)
 from vae import PRESETS as VAE_PRESETS
-from vae import RMSNorm, check_size
+from vae import RMSNorm, latent_size
 
 PRESETS = {
     "tiny": dict(
@@ -304,6 +304,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
+    def run_block(self, block, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return recompute(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def embed_inputs(self, x_t, t):
         """-> tokens [b, n, width], modulation [b, 6, width], RoPE's cos and sin [n, head_dim / 2],
         and the embedded noise level [b, width / 2]."""
@@ -324,10 +329,7 @@ class DiT(nn.Module):
         features = []
         for i, block in enumerate(self.blocks):
             block_masks = {name: mask[i] for name, mask in masks.items()}
-            run_block = block
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                run_block = partial(recompute, block, use_reentrant=False)
-            x = run_block(x, modulation, text, rope, block_masks)
+            x = self.run_block(block, x, modulation, text, rope, block_masks)
             features.append(x)
         velocity = self.final_layer(x, t_embedding, x_t.shape[2:])
         return (velocity, features) if return_features else velocity
@@ -416,7 +418,7 @@ class Latents:
                 text_tokens=text_tokens, embeddings=embeddings, captions=known,
                 held_out_captions=self.checkpoint["held_out_captions"],
                 latent_shape=list(self.latents.shape[1:]), latent_mean=self.checkpoint["mean"],
-                latent_std=self.checkpoint["std"])
+                latent_std=self.checkpoint["std"], vae_checksum=self.checkpoint["vae_checksum"])
             self.prompts = text_input(self.metadata, known)  # [known captions, words, ...]
             number_of = {caption: i for i, caption in enumerate(known)}
             self.caption_number = torch.tensor([number_of[c] for c in self.captions])
@@ -452,8 +454,6 @@ def decode(vae, metadata, x0, precision, batch=32):
     """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. metadata: a checkpoint's,
     or that of `Latents`."""
     device = next(vae.parameters()).device
-    if x0.shape[1] != vae.config["latent_channels"]:
-        fail("the clips and the autoencoder come from different runs: their latent channels differ")
     mean = metadata["latent_mean"].view(-1, 1, 1, 1)
     std = metadata["latent_std"].view(-1, 1, 1, 1)
     clips = []
@@ -480,13 +480,13 @@ def forward_flops(config, n):
 
 def kept_bytes(config, n, gradient_checkpointing):
     """What the blocks keep of a clip of n tokens for the backward pass under bfloat16 autocast: an
-    estimate. Gradient checkpointing keeps their inputs alone, in float32."""
+    estimate. Gradient checkpointing keeps their inputs, in float32, and all of one block."""
     # Bytes per token and channel, counted in what autograd saves of one block (tests/test_dit.py).
     inner = config["heads"] * config["head_dim"]
     per_token = 34 * config["width"] + 26 * inner + 4 * config["ffn"]
     if gradient_checkpointing:
-        per_token = 4 * config["width"]
-    return config["depth"] * n * per_token
+        return n * (config["depth"] * 4 * config["width"] + per_token)
+    return n * config["depth"] * per_token
 
 
 def planned_config(preset):
@@ -499,35 +499,25 @@ def planned_config(preset):
     return config | dict(vocabulary=0, text_tokens=128, text_dim=4096)
 
 
-def print_cost(config, preset, clip_size):
-    """--dry-run: prints what a DiT costs in training; clip_size: () for the preset's own.
-    -> its parameters."""
-    ratio = size(VAE_PRESETS[preset]["ratio"])
-    t, h, w = clip_size or size(VAE_PRESETS[preset]["size"])
-    check_size((t, h, w), ratio)
-    n = (1 + (t - 1) // ratio[0]) * (h // ratio[1]) * (w // ratio[2])
+def planned_tokens(args):
+    """-> tokens of a clip of the preset's size, or of that given with --dry-run."""
+    of_vae = VAE_PRESETS[args.preset]
+    clip_size = args.dry_run or size(of_vae["size"])
+    return math.prod(latent_size(clip_size, size(of_vae["ratio"])))
+
+
+def print_cost(name, config, n):
+    """--dry-run: prints what a DiT is and what n tokens cost. -> its parameters"""
     with torch.device("meta"):
         params = count_parameters(DiT(**config))
     tflop = forward_flops(config, n) / 1e12
-    kept = kept_bytes(config, n, gradient_checkpointing=False) / 1e9
-    kept_checkpointing = kept_bytes(config, n, gradient_checkpointing=True) / 1e9
-    print(f"{config['depth']} blocks, {config['heads']} heads, FFN {config['ffn']}, width "
-          f"{config['width']}: {params / 1e6:,.4g} M parameters\n"
-          f"  {t}x{h}x{w}: {n:,} tokens; one evaluation {tflop:.3g} TFLOP, a training step "
-          f"{3 * tflop:.3g} TFLOP per clip\n"
-          f"  float32 weights, gradients, AdamW's moments, EMA: {20 * params / 1e9:.3g} GB; "
-          f"bfloat16 copies in a step: {2 * params / 1e9:.3g} GB\n"
-          f"  activations kept for the backward pass: {kept:.3g} GB per clip, "
-          f"{kept_checkpointing:.3g} GB with --gradient-checkpointing (estimates)")
+    print(f"{name}: {config['depth']} blocks, {config['heads']} heads, FFN {config['ffn']}, width "
+          f"{config['width']}: {params / 1e6:,.4g} M parameters; one evaluation of {n:,} tokens "
+          f"{tflop:.3g} TFLOP")
     return params
 
 
 # ------------------------------------------------------------ the training
-
-
-def add_dry_run(p):
-    p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
-                   help="only say what it costs: parameters, FLOPs, memory; for clips of this size")
 
 
 def main(argv=None):
@@ -541,7 +531,6 @@ def main(argv=None):
                    help="share of captions left empty in training, for classifier-free guidance")
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--out", "dit.pt", "the trained DiT")
-    add_dry_run(p)
     add_training_flags(p)
     args = p.parse_args(argv)
     sizes = {key: getattr(args, key) for key in SIZES}
@@ -549,7 +538,11 @@ def main(argv=None):
         fail("--head-dim must be even and at least 6, since RoPE turns pairs of channels for time, "
              "height and width; --width a multiple of 4 and at least 8")
     if args.dry_run is not None:
-        print_cost(planned_config(args.preset) | sizes, args.preset, args.dry_run)
+        config = planned_config(args.preset) | sizes
+        n = planned_tokens(args)
+        params = print_cost("DiT", config, n)
+        print_memory(args, TRAINED_BYTES * params, kept_bytes(config, n, False),
+                     kept_bytes(config, n, True))
         return
     device, precision = set_up(args)
     data = Latents(args.latents)
@@ -561,7 +554,7 @@ def main(argv=None):
               vocabulary=len(data.metadata["vocabulary"]),
               text_tokens=data.metadata["text_tokens"], **sizes).to(device)
     dit.gradient_checkpointing = args.gradient_checkpointing
-    ema = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    ema = average_weights(dit, args)
     optimizer = Optimizer(dit, args.optimizer, args.lr, precision)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
 

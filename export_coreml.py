@@ -38,10 +38,10 @@ from torch import nn
 
 from common import add_file, fail, make_parser, positive, reading, record_metrics, run_script, size
 from distill import predict_x0, sample_student, student_times
-from dit import PAD, DiT, FeedForward, load_dit, planned_config, text_input, words
-from prune import PRESETS as PRUNE_PRESETS
+from dit import PAD, DiT, FeedForward, load_dit, text_input, words
+from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
-from vae import VAE, RMSNorm, load_vae
+from vae import VAE, RMSNorm, latent_size, load_vae
 
 try:
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of all that only a Mac has
@@ -470,22 +470,16 @@ def random_student(preset, seed):
     encoder of six words. -> dit, checkpoint, vae."""
     torch.manual_seed(seed)
     of_vae = VAE_PRESETS[preset]
-    of_pruned = PRUNE_PRESETS[preset]
     caption = "a red circle moving left"
     channels = of_vae["latent_channels"]
-    t, h, w = size(of_vae["size"])
     ratio = size(of_vae["ratio"])
-    rt, rs, _ = ratio
-    config = planned_config(preset) | dict(
-        depth=of_pruned["blocks"], heads=of_pruned["heads"], ffn=of_pruned["ffn"],
-        vocabulary=6, text_tokens=5, text_dim=0)
-    dit = DiT(**config)
+    dit = DiT(**planned_pruned(preset) | dict(vocabulary=6, text_tokens=5, text_dim=0))
     for p in dit.parameters():
         if not p.any():  # what training starts at zero would leave the rest idle
             nn.init.normal_(p, std=0.02)
-    vae = VAE(ratio, channels, of_vae["width"], of_vae["res_blocks"])
+    vae = VAE(ratio, channels, of_vae["width"], of_vae["res_blocks"], of_vae["patch"])
     checkpoint = dict(
-        latent_shape=[channels, 1 + (t - 1) // rt, h // rs, w // rs],
+        latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
         latent_mean=torch.zeros(channels), latent_std=torch.ones(channels),
         vocabulary=["<pad>", *words(caption)], text_tokens=5, embeddings=None,
         captions=[caption], timesteps=student_times(4).tolist())
@@ -511,9 +505,7 @@ def main(argv=None):
         dit, checkpoint, vae = random_student(args.preset, args.seed)
     else:
         dit, checkpoint = load_dit(args.model, "cpu", "student")
-        vae = load_vae(args.vae, "cpu")
-    if checkpoint["latent_shape"][0] != vae.config["latent_channels"]:
-        fail(f"{args.model} and {args.vae} come from different runs: their latent channels differ")
+        vae = load_vae(args.vae, "cpu", checkpoint["vae_checksum"])
     if dit.config["ffn"] % args.ffn_tiles:
         fail(f"--ffn-tiles {args.ffn_tiles} does not divide the FFN's {dit.config['ffn']} channels")
     prompts = text_input(checkpoint, checkpoint["captions"][:1])

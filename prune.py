@@ -30,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common import (Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    check_settings, checksum, count_parameters, fail, finish, make_parser,
-                    micro_batches, number, positive, progress, run_script, save, set_up,
-                    settings_of, step_generator, stop_if_done, warmup_cosine)
-from dit import (DiT, Latents, add_dry_run, add_noise, flow_loss, load_dit, planned_config,
-                 print_cost)
+from common import (FROZEN_BYTES, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
+                    average_gradients, average_weights, check_settings, checksum, count_parameters,
+                    fail, finish, make_parser, micro_batches, number, positive, print_memory,
+                    progress, run_script, save, set_up, settings_of, step_generator, steps_of,
+                    stop_if_done, warmup_cosine)
+from dit import (DiT, Latents, add_noise, flow_loss, kept_bytes, load_dit, planned_config,
+                 planned_tokens, print_cost)
 
 PRESETS = {
     "tiny": dict(
@@ -259,7 +259,7 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
 
 def recover(args, settings, data, teacher, dense, kept_blocks, device, precision):
     """Step 4. -> the EMA of the dense model's weights, and the loop."""
-    ema = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    ema = average_weights(dense, args)
     optimizer = Optimizer(dense, args.optimizer, args.lr, precision)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
@@ -296,9 +296,9 @@ def largest_difference(dense, student, masks, data):
 def kept_sizes(args, config):
     """-> depth, heads and ffn of the pruned config."""
     sizes = dict(depth=args.blocks, heads=args.heads, ffn=args.ffn)
-    for key, n in sizes.items():
+    for flag, (key, n) in zip(("--blocks", "--heads", "--ffn"), sizes.items()):
         if n > config[key]:
-            fail(f"asked to keep {key} {n}: the teacher has {config[key]}")
+            fail(f"{flag} {n}: the teacher has {config[key]}")
     if all(n == config[key] for key, n in sizes.items()):
         fail(f"nothing to cut, the teacher has as many: {sizes}")
     return sizes
@@ -317,28 +317,42 @@ def parse_arguments(argv):
                    default=["output", "features"],
                    help="what the teacher teaches: its velocity, its tokens after each block; "
                         "with nothing after --kd: no teacher")
-    p.add_argument("--mask-steps", type=positive, help="steps of learning masks, before --steps")
+    p.add_argument("--mask-steps", type=steps_of(p.get_default("mask_steps")),
+                   help="steps of learning masks, before --steps")
     p.add_argument("--mask-lr", type=number(0), default=0.002,
                    help="learning rate of the mask logits, down to 0 as the budget is reached")
     add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--masks", "masks.pt", "the masks, written")
     add_file(p, "--out", "pruned.pt", "the pruned DiT")
-    add_dry_run(p)
     add_training_flags(p)
     return p.parse_args(argv)
+
+
+def planned_pruned(preset):
+    """The config of a preset's pruned DiT before there is any data."""
+    kept = PRESETS[preset]
+    return planned_config(preset) | dict(depth=kept["blocks"], heads=kept["heads"],
+                                         ffn=kept["ffn"])
+
+
+def print_costs(args):
+    """--dry-run. While masks are learned, the student is as large as its teacher."""
+    config = planned_config(args.preset)
+    n = planned_tokens(args)
+    params = print_cost("teacher", config, n)
+    pruned_params = print_cost("pruned", config | kept_sizes(args, config), n)
+    print(f"  pruned to {pruned_params / params:.1%} of the parameters")
+    teacher_features = 4 * config["depth"] * n * config["width"]
+    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES) * params,
+                 kept_bytes(config, n, False) + teacher_features,
+                 kept_bytes(config, n, True) + teacher_features)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.dry_run is not None:
-        config = planned_config(args.preset)
-        sizes = kept_sizes(args, config)
-        print("teacher: ", end="")
-        params = print_cost(config, args.preset, args.dry_run)
-        print("pruned: ", end="")
-        pruned_params = print_cost(config | sizes, args.preset, args.dry_run)
-        print(f"pruned to {pruned_params / params:.1%} of the parameters")
+        print_costs(args)
         return
     device, precision = set_up(args)
     teacher, teacher_checkpoint = load_dit(args.dit, device, "dit")

@@ -302,7 +302,7 @@ def score(args, device, precision):
     """Every checkpoint of the run on the same prompts and noise, half as many unseen prompts as
     seen ones; and training clips through the VAE alone: the ceiling of the scores."""
     data = Latents(args.latents)
-    vae = load_vae(args.vae, device)
+    vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
     models = list(models_of(args, device, precision))
     if not models:
         fail(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
@@ -332,9 +332,9 @@ def score(args, device, precision):
         rows, features = score_clips(data.x0(picked), captions, data, vae, precision)
         scores["data"] = mean_scores(rows) | dict(frechet=frechet(features, real))
         record_metrics(args.run, "data", scores["data"] | dict(clips=len(picked)))
-    for name, result in scores.items():
-        print(name.ljust(8), "  ".join(f"{key} {value:.4g}" for key, value in result.items()))
-    print(f"{args.run / 'metrics.json'}: score; next: export_coreml.py")
+    for name, *cells in score_table(read_metrics(args.run)):
+        print(name.ljust(28), *(text.rjust(9) for text in cells))
+    print(f"{args.run / 'metrics.json'}: scores; next: export_coreml.py")
 
 
 # ------------------------------------------------------------ pictures
@@ -349,7 +349,7 @@ def cell(clip, caption, verdict=None, width=128):
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     width = frames.shape[2]
     font = ImageFont.load_default(size=12)
-    lines = textwrap.wrap(caption, width // 6)[:2]
+    lines = textwrap.wrap(caption, width // 6, max_lines=2, placeholder="…")
     banner = Image.new("RGB", (width, 48 if verdict else 34), "white")
     draw = ImageDraw.Draw(banner)
     draw.multiline_text((4, 2), "\n".join(lines), fill="black", font=font, spacing=2)
@@ -461,9 +461,9 @@ how much of its FFN stays. Filled stays; a block that is cut keeps nothing.</p>
 """)
 
 
-def img_tag(kind, encoded):
+def img_tag(kind, encoded, alt):
     text = base64.b64encode(encoded).decode()
-    return f'<img alt="" src="data:image/{kind};base64,{text}">'
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{text}">'
 
 
 def input_clips(data, indices):
@@ -518,27 +518,46 @@ def from_noise(args, data, vae, models, caption, precision):
     return write_video(args.run / "path.png", rows, args.fps)
 
 
+FIGURES = {  # key in metrics.json -> name, and what its value is multiplied with
+    "params": ("parameters, M", 1e-6),
+    "nfe": ("NFE per clip", 1),
+    "seconds_per_clip": ("milliseconds per clip", 1e3),
+    "clips": ("clips", 1),
+    "text_alignment": ("text alignment, %", 100),
+    "color": ("colour, %", 100),
+    "shape": ("shape, %", 100),
+    "direction": ("direction, %", 100),
+    "nearest training clip": ("nearest training clip, %", 100),
+    "held_out_alignment": ("unseen combinations, %", 100),
+    "validation_loss": ("validation loss", 1),
+    "subject_consistency": ("subject consistency", 1),
+    "motion_smoothness": ("motion smoothness", 1),
+    "dynamic_degree": ("dynamic degree", 1),
+    "frechet": ("Fréchet distance", 1),
+}
+
+
 def score_table(metrics):
+    """-> rows of texts: the figures that are there, by the names of the README."""
     columns = {STAGES[stage]: scores for stage, scores in metrics.get("score", {}).items()}
+    if "data" in metrics:
+        columns["data"] = metrics["data"]
     if not columns:
-        return "<tr><td>Not yet: sample.py --score measures them."
-    columns["data"] = metrics.get("data", {})
-    keys = dict.fromkeys(["params", "nfe", "seconds_per_clip"])  # a set that keeps its order
-    for scores in columns.values():
-        keys |= dict.fromkeys(scores)
-    html = "<tr><td><td>" + "<td>".join(columns)
-    for key in keys:
-        html += f"<tr><td>{escape(key.replace('_', ' '))}"
-        for scores in columns.values():
-            html += f"<td>{scores[key]:,.4g}" if key in scores else "<td>"
-    return html
+        return [["Not yet: sample.py --score measures them."]]
+    rows = [["", *columns]]
+    for key, (name, factor) in FIGURES.items():
+        values = [scores.get(key) for scores in columns.values()]
+        texts = ["" if value is None else f"{value * factor:,.3g}" for value in values]
+        if any(texts):
+            rows.append([name, *texts])
+    return rows
 
 
 def report(args, device, precision):
     """Writes report.html, one file that needs no other, and the pictures in it. What the run does
     not have is left out with a word."""
     data = Latents(args.latents)
-    vae = load_vae(args.vae, device)
+    vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
     models = list(models_of(args, device, precision))
     seen = sorted(set(data.captions))
     unseen = data.checkpoint["held_out_captions"]
@@ -562,19 +581,21 @@ def report(args, device, precision):
                 curves += curve(f"{name}: {key.replace('_', ' ')}", values)
     metrics = read_metrics(args.run)
     with reading(args.run / "metrics.json"):
-        table = score_table(metrics)
+        table = "".join("<tr><td>" + "<td>".join(row) for row in score_table(metrics))
+        metrics = json.loads(json.dumps(metrics), parse_float=lambda x: float(f"{float(x):.4g}"))
     compare = side_by_side(args, data, vae, models, captions, precision)
     few = [model for model in models if model.stage != "pruned"]
     trajectories = ""
     if few:
-        trajectories = img_tag("png", from_noise(args, data, vae, few, captions[-1], precision))
+        path = from_noise(args, data, vae, few, captions[-1], precision)
+        trajectories = img_tag("png", path, "x_t above x0, a column per step")
     page = PAGE.substitute(
         run=escape(str(args.run)), size="×".join(str(n) for n in data.checkpoint["config"]["size"]),
         left_out=f"Left out, since it is not there: {', '.join(left_out)}." if left_out else "",
         unseen=escape("; ".join(c for c in captions if c in unseen) or "none of them"),
-        compare=img_tag("gif", compare), caption=escape(captions[-1]), masks=masks,
-        trajectories=trajectories,
-        table=table, curves=curves, metrics=escape(json.dumps(metrics, indent=1)))
+        compare=img_tag("gif", compare, "clips, a row per prompt"), caption=escape(captions[-1]),
+        masks=masks, trajectories=trajectories, table=table, curves=curves,
+        metrics=escape(json.dumps(metrics, indent=1)))
     write_atomically(args.run / "report.html", lambda file: file.write(page.encode()))
     print(f"open {args.run / 'report.html'}")
 
@@ -584,7 +605,7 @@ def report(args, device, precision):
 
 def make_clips(args, prompts, device, precision):
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
-    vae = load_vae(args.vae, device)
+    vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
     x0, _ = model.make(prompts, args.seed)
     clips = decode(vae, model.checkpoint, x0, precision)
     cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]

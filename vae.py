@@ -6,7 +6,7 @@ to make a video transformer fast is to give it fewer tokens. Stated: ratios from
 and 4x8x8 for the tiny preset. Our reading: all layers, widths and losses.
 
     pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]; the ratio is rt x rs x rs, k any whole number
-       |  4x4 pixels become channels; then stages that halve space, time or both
+       |  2x2 or 4x4 pixels become channels; then stages that halve space, time or both
     latents  [b, c, 1 + k, h/rs, w/rs]  mean and log-variance of a diagonal Gaussian
        |  the mirror image
     pixels   [b, 3, 1 + k*rt, h, w]
@@ -20,6 +20,7 @@ only. So the first frame is encoded alone, a picture is a video of one frame, an
 
 Reading order: the model, the loss, the data (rendered clips, then filmed ones), the training.
 """
+import copy
 import math
 import os
 import re
@@ -33,34 +34,35 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from common import (FIRST, SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    checksum, count_parameters, fail, finish, load, make_parser, micro_batches,
-                    number, positive, progress, reading, run_script, save, say, set_up,
-                    settings_of, size, step_generator, stop_if_done, warmup_cosine)
+from common import (FIRST, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
+                    average_gradients, average_weights, checksum, count_parameters, fail, finish,
+                    load, make_parser, micro_batches, number, positive, print_memory, progress,
+                    reading, run_script, save, say, set_up, settings_of, size, step_generator,
+                    stop_if_done, warmup_cosine)
 
 PRESETS = {
     "tiny": dict(
         size="9x32x32",      # frames x height x width: the smallest clip in which motion shows
         ratio="4x8x8",       # 3 x 4 x 4 latent positions per clip: 48 tokens
         latent_channels=12,  # 576 numbers per clip, of 27,648 pixel values
-        width=48,            # of the first stage, doubled in each of the next two
+        width=24,            # channels of the first stage, doubled in each of the next two
+        patch=2,             # 2x2 pixels into channels; 4x4 rounds the corners of small shapes
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of filmed ones
         steps=1400,
-        batch_size=8,
+        batch_size=12,
         lr=0.02,             # Muon's: each update is orthogonal, whatever the gradient's size
         kl=1e-3,             # small: it keeps the scale of the latents in bounds, no more
         optimizer="muon",
         ema=0.99),           # the average of about the last 100 steps
-    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, res_blocks=2,
-                clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4, optimizer="muon",
-                ema=0.999),
-    "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, res_blocks=3,
-                   clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5, optimizer="adamw",
-                   ema=0.9995),
+    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
+                res_blocks=2, clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4,
+                optimizer="muon", ema=0.999),
+    "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, patch=4,
+                   res_blocks=3, clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5,
+                   optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"] | dict(size="121x576x1024")
 
@@ -164,24 +166,23 @@ class Upsample(nn.Module):
 
 class VAE(nn.Module):
     """ratio: (time, height, width) compression, powers of two; width: channels of the first stage;
-    res_blocks: residual blocks per stage. Raises ValueError for a ratio, or a number of latent
-    channels, that cannot be built."""
+    res_blocks: residual blocks per stage; patch: pixels of height and width that become channels,
+    2 or 4. Raises ValueError for a ratio, or a number of latent channels, that cannot be built."""
 
-    patch = 4  # the first two halvings are free: 4x4 pixels into channels
-
-    def __init__(self, ratio, latent_channels, width, res_blocks):
+    def __init__(self, ratio, latent_channels, width, res_blocks, patch):
         super().__init__()
         rt, rs, rw = ratio
         if rs != rw or rt not in (1, 2, 4, 8) or rs not in (8, 16, 32, 64):
             raise ValueError(f"ratio {rt}x{rs}x{rw}: time is 1, 2, 4 or 8, height = width is 8, "
                              "16, 32 or 64")
         self.config = dict(ratio=ratio, latent_channels=latent_channels, width=width,
-                           res_blocks=res_blocks)
+                           res_blocks=res_blocks, patch=patch)
+        self.patch = patch
         self.gradient_checkpointing = False
 
         # A stage halves space, time or both; where one needs fewer halvings, its come last.
         halvings_t = int(math.log2(rt))
-        halvings_s = int(math.log2(rs // self.patch))
+        halvings_s = int(math.log2(rs // patch))
         stages = max(halvings_t, halvings_s)
         strides = []
         for i in range(stages):
@@ -192,7 +193,7 @@ class VAE(nn.Module):
         if channels[-1] % (2 * latent_channels):
             raise ValueError(f"{latent_channels} latent channels: twice that must divide the last "
                              f"stage's {channels[-1]}")
-        patch_channels = 3 * self.patch ** 2
+        patch_channels = 3 * patch ** 2
 
         layers = [CausalConv3d(patch_channels, channels[0], (1, 3, 3))]
         for i in range(stages):
@@ -233,8 +234,9 @@ class VAE(nn.Module):
         return rearrange(x, "b (c ph pw) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
 
 
-def check_size(clip_size, ratio):
-    """A clip is 1 + a multiple of the ratio's frames, and a multiple of it in height and width."""
+def latent_size(clip_size, ratio):
+    """-> frames, height and width of a clip's latents. A clip is 1 + a multiple of the ratio's
+    frames, and a multiple of it in height and width; others are refused."""
     t, h, w = clip_size
     rt, rs, _ = ratio
     name = f"{rt}x{rs}x{rs}"
@@ -245,6 +247,7 @@ def check_size(clip_size, ratio):
         if n % rs:
             fail(f"{side} {n} does not fit the ratio {name}: use a multiple of {rs}, such as "
                  f"{n - n % rs + rs}")
+    return 1 + (t - 1) // rt, h // rs, w // rs
 
 
 def vae_loss(vae, x, noise, kl_weight):
@@ -271,11 +274,14 @@ def psnr(vae, clips, precision):
     return torch.cat(values).mean().item()
 
 
-def load_vae(path, device):
+def load_vae(path, device, vae_checksum):
+    """-> the autoencoder, in eval mode. Refuses another one than made the latents."""
     checkpoint = load(path, "vae")
     with reading(path):
         vae = VAE(**checkpoint["config"])
         vae.load_state_dict(checkpoint["model"])
+    if checksum(vae.parameters()) != vae_checksum:
+        fail(f"{path} is of another run: not the autoencoder that made the latents")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -515,6 +521,51 @@ def folder_checksum(data):
 # ------------------------------------------------------------ the training
 
 
+def random_part(clips, part_size, generator):
+    """[b, 3, t, h, w] -> [b, 3, *part_size], the same place in all clips."""
+    for axis, length in enumerate(part_size, start=2):
+        places = clips.shape[axis] - length + 1
+        first = torch.randint(places, (), generator=generator).item()
+        clips = clips.narrow(axis, first, length)
+    return clips
+
+
+def kept_bytes(vae, clip_size):
+    """What autograd keeps of one clip for the backward pass in bfloat16, counted on tensors without
+    data: of all layers; and with gradient checkpointing, all layers' inputs and what the largest
+    layer keeps."""
+    vae = copy.deepcopy(vae).to("meta", torch.bfloat16)
+    kept = set()  # storages, each once
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.add(x.untyped_storage()), lambda _: None)
+    of_inputs = []
+    of_layers = []
+
+    def run_layers(layers, x):
+        for layer in layers:
+            kept.clear()
+            of_inputs.append(x.nbytes)
+            with hooks:
+                x = layer(x.detach().requires_grad_())
+            of_layers.append(sum(storage.nbytes() for storage in kept))
+        return x
+
+    vae.run_layers = run_layers
+    pixels = torch.empty(1, 3, *clip_size, device="meta", dtype=torch.bfloat16)
+    mean, _ = vae.encode(pixels)
+    vae.decode(mean)
+    return sum(of_layers), sum(of_inputs) + max(of_layers)
+
+
+def print_cost(args, vae, clip_size):
+    """--dry-run: prints what training costs, on clips of this size."""
+    t, h, w = latent_size(clip_size, args.ratio)
+    params = count_parameters(vae)
+    print(f"VAE: {params / 1e6:.4g} M parameters; {args.latent_channels} latent channels of "
+          f"{t}x{h}x{w} per clip")
+    print_memory(args, TRAINED_BYTES * params, *kept_bytes(vae, clip_size))
+
+
 @torch.no_grad()
 def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
     """-> the latents (means) of all clips [n, c, t, h, w], float16, mapped from a file at `path`,
@@ -551,37 +602,45 @@ def main(argv=None):
     p.add_argument("--clips", type=positive, help="rendered clips, or windows of filmed ones")
     p.add_argument("--latent-channels", type=positive, help="channels of a latent")
     p.add_argument("--width", type=positive, help="channels of the first stage")
+    p.add_argument("--patch", type=int, choices=[2, 4], help="pixels a side that become channels")
     p.add_argument("--res-blocks", type=positive, help="residual blocks per stage")
     p.add_argument("--kl", type=number(0), help="weight of the KL divergence")
+    p.add_argument("--crop", type=size, metavar="TxHxW",
+                   help="train on random parts of this size, one per step, in less memory")
     add_file(p, "--out", "vae.pt", "the trained autoencoder")
     add_file(p, "--latents", "latents.pt", "the data set's latents")
     add_training_flags(p)
     args = p.parse_args(argv)
-    check_size(args.size, args.ratio)
+    latent_shape = args.latent_channels, *latent_size(args.size, args.ratio)
+    crop = args.crop or args.size
+    crop_shape = args.latent_channels, *latent_size(crop, args.ratio)
+    if any(part > whole for part, whole in zip(crop, args.size)):
+        fail(f"--crop {crop} is larger than the clips, --size {args.size}")
+    torch.manual_seed(args.seed)
+    try:
+        vae = VAE(args.ratio, args.latent_channels, args.width, args.res_blocks, args.patch)
+    except ValueError as error:
+        fail(str(error))
+    if args.dry_run is not None:
+        print_cost(args, vae, args.dry_run or crop)
+        return
     args.data = str(Path(args.data))  # a name that ends in / is the same folder
     settings = settings_of(args) | dict(folder_checksum=folder_checksum(args.data))
     device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
     data = open_data(args.data, args.size, args.clips, args.stride, args.seed)
-    torch.manual_seed(args.seed)
-    try:
-        vae = VAE(args.ratio, args.latent_channels, args.width, args.res_blocks).to(device)
-    except ValueError as error:
-        fail(str(error))
-    vae.gradient_checkpointing = args.gradient_checkpointing
-    ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    vae.to(device).gradient_checkpointing = args.gradient_checkpointing
+    ema = average_weights(vae, args)
     optimizer = Optimizer(vae, args.optimizer, args.lr, precision)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
-    t, h, w = args.size
-    rt, rs, _ = args.ratio
-    latent_shape = args.latent_channels, 1 + (t - 1) // rt, h // rs, w // rs
 
     def draw(step):
         g = step_generator("vae", args.seed, step)
         picked = torch.randint(len(data.train), (args.batch_size,), generator=g)
-        noise = torch.randn(args.batch_size, *latent_shape, generator=g)
-        return data.clip(picked[SHARE].tolist()), noise[SHARE]
+        noise = torch.randn(args.batch_size, *crop_shape, generator=g)
+        clips = data.clip(picked[SHARE].tolist())
+        return random_part(clips, crop, g), noise[SHARE]
 
     loop = Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
                 optimizer=optimizer)
@@ -614,6 +673,7 @@ def main(argv=None):
     save(args.latents, stage="latents", metrics=metrics, settings=settings,
          config=dict(size=args.size, data=args.data),
          latents=latents, mean=mean, std=std, checksum=checksum([latents]),
+         vae_checksum=checksum(vae.parameters()),
          train_clips=len(data.train), captions=data.captions,
          held_out_captions=data.held_out_captions, embeddings=data.embeddings)
     part.unlink()

@@ -46,6 +46,27 @@ def test_the_learning_rate_goes_up_then_down_to_zero():
     assert common.warmup_cosine(0, 1) == 1  # a run of one step learns
 
 
+def test_the_average_weights_forget_the_first_two_thirds_of_a_short_run():
+    model = torch.nn.Linear(1, 1, bias=False)
+    averages = []
+    for steps in (30, 10_000):
+        args = SimpleNamespace(ema=0.999, steps=steps)
+        torch.nn.init.zeros_(model.weight)
+        ema = common.average_weights(model, args)
+        ema.update_parameters(model)
+        torch.nn.init.ones_(model.weight)
+        for _ in range(30):
+            ema.update_parameters(model)
+        averages.append(ema.module.weight.item())
+    assert averages[0] == pytest.approx(1 - 0.9 ** 30)
+    assert averages[1] == pytest.approx(1 - 0.999 ** 30, rel=1e-3)
+
+
+def test_steps_below_one_are_a_share_of_the_presets():
+    parse = common.steps_of(900)
+    assert [parse(text) for text in ("0.1", "0.0001", "1", "2000")] == [90, 1, 1, 2000]
+
+
 def test_muon_makes_every_direction_of_a_matrix_count_the_same():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(16, 40))

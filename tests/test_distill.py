@@ -62,6 +62,28 @@ def test_the_discriminator_is_conditioned_on_time_and_text(micro_dit):
     assert torch.equal(timeless(x, s, tokens), timeless(x, s * 3, tokens))
 
 
+def test_gradient_checkpointing_changes_no_gradient_of_the_discriminator(micro_dit):
+    real, tokens, noise = inputs()
+    d = distill.Discriminator(micro_dit, 2, 1)
+    for p in d.blocks.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    fake = (real + noise).requires_grad_()
+    gradients = []
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x,
+                                                     lambda x: x)
+    total = []
+    for d.parser.gradient_checkpointing in False, True:
+        kept.clear()
+        with hooks:
+            score = d(fake, torch.full((3,), 0.1), tokens).mean()
+        gradients.append(torch.autograd.grad(score, [fake, *d.blocks.parameters()]))
+        total.append(sum(kept))
+    assert total[1] < total[0] / 2
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.parametrize("design", [
     dict(frozen_blocks=1, trainable_blocks=1), dict(frozen_blocks=2, trainable_blocks=0),
     dict(frozen_blocks=0, trainable_blocks=2),

@@ -201,7 +201,8 @@ def test_the_memory_that_a_dry_run_says_is_what_blocks_keep(gradient_checkpointi
     deep = CONFIG | dict(depth=6)
     three_blocks = (kept_by_a_step(deep, gradient_checkpointing)
                     - kept_by_a_step(CONFIG, gradient_checkpointing))
-    said = dit.kept_bytes(CONFIG, 4 * 6 * 6, gradient_checkpointing)
+    said = (dit.kept_bytes(deep, 4 * 6 * 6, gradient_checkpointing)
+            - dit.kept_bytes(CONFIG, 4 * 6 * 6, gradient_checkpointing))
     assert said == pytest.approx(three_blocks, rel=0.05)
 
 
@@ -217,11 +218,16 @@ def test_gradient_checkpointing_changes_no_gradient(micro_dit):
 
 
 @pytest.mark.parametrize("command, expected", [
+    ("vae --preset server --dry-run", ["16x18x32", "fits with --accumulate", "checkpointing"]),
+    ("vae --preset server --crop 17x256x256 --dry-run", ["3x8x8", "80 GB: fits"]),
     ("dit --preset server --dry-run",
-     ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1,912 M"]),
-    ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "38.2 GB"]),
+     ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1,912 M", "42.1 GB whatever"]),
+    ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "5.86 GB per clip"]),
+    ("dit --preset server --dry-run --memory 24", ["24 GB: does not fit"]),
     ("prune --preset mobile --dry-run",
-     ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"])])
+     ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"]),
+    ("distill --preset mobile --dry-run",
+     ["10 blocks, 20 heads", "4 blocks, 20 heads", "fits with --accumulate"])])
 def test_a_dry_run_prices_the_papers_sizes_without_making_them(command, expected, capsys):
     name, *flags = command.split()
     importlib.import_module(name).main(flags)

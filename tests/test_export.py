@@ -13,6 +13,7 @@ pytest.importorskip("coremltools")
 import common  # noqa: E402
 import dit  # noqa: E402
 import export_coreml  # noqa: E402
+import prune  # noqa: E402
 import vae  # noqa: E402
 from distill import sample_student  # noqa: E402
 from export_coreml import convert, evaluate, program_cost, read_program  # noqa: E402
@@ -99,7 +100,8 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     student, metadata = dit.load_dit(exported / "student.pt", "cpu", "student")
     tokens = dit.text_input(metadata, ["a red circle moving left"])
     x0 = sample_student(student, noise_per_step, tokens)
-    clip = dit.decode(vae.load_vae(exported / "vae.pt", "cpu"), metadata, x0, torch.no_grad)
+    autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
+    clip = dit.decode(autoencoder, metadata, x0, torch.no_grad)
     mse = (tensors["video"] - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
 
@@ -193,7 +195,7 @@ def test_embeddings_of_your_own_are_what_the_text_encoder_reads(exported, tmp_pa
 
 
 def test_random_weights_need_no_checkpoint_and_follow_from_the_seed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(export_coreml.PRUNE_PRESETS["tiny"], "blocks", 1)
+    monkeypatch.setitem(prune.PRESETS["tiny"], "blocks", 1)
     command = ["--run", str(tmp_path), "--random-weights", "--seed"]
     export_coreml.main([*command, "5"])
     export_coreml.main([*command, "5", "--check"])

@@ -9,6 +9,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import train
 
 import common
 import vae
@@ -16,14 +17,15 @@ import vae
 RATIOS = [(4, 8, 8), (4, 16, 16), (8, 16, 16), (8, 32, 32), (8, 64, 64)]
 
 
-def small_vae(ratio):
+def small_vae(ratio, patch=4):
     torch.manual_seed(0)
-    return vae.VAE(ratio, latent_channels=8, width=8, res_blocks=1)
+    return vae.VAE(ratio, latent_channels=8, width=8, res_blocks=1, patch=patch)
 
 
+@pytest.mark.parametrize("patch", [2, 4])
 @pytest.mark.parametrize("ratio", RATIOS, ids=str)
-def test_shapes_at_every_compression_ratio_of_the_paper(ratio):
-    model = small_vae(ratio)
+def test_shapes_at_every_compression_ratio_of_the_paper(ratio, patch):
+    model = small_vae(ratio, patch)
     x = torch.randn(1, 3, 1 + 2 * ratio[0], 2 * ratio[1], ratio[2])
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (1, 8, 3, 2, 1)
@@ -59,9 +61,9 @@ def test_a_picture_is_a_video_of_one_frame():
 def test_every_preset_is_a_network_that_can_be_built(preset):
     p = vae.PRESETS[preset]
     ratio = common.size(p["ratio"])
-    vae.check_size(common.size(p["size"]), ratio)
+    vae.latent_size(common.size(p["size"]), ratio)
     with torch.device("meta"):
-        model = vae.VAE(ratio, p["latent_channels"], p["width"], p["res_blocks"])
+        model = vae.VAE(ratio, p["latent_channels"], p["width"], p["res_blocks"], p["patch"])
         mean, _ = model.encode(torch.empty(1, 3, 1, *ratio[1:]))
     assert mean.shape == (1, p["latent_channels"], 1, 1, 1)
 
@@ -76,6 +78,49 @@ def test_gradient_checkpointing_changes_no_gradient():
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for kept, recomputed in zip(*gradients):
         torch.testing.assert_close(recomputed, kept)
+
+
+def test_a_dry_run_counts_the_bytes_that_autograd_keeps():
+    model = vae.VAE((4, 8, 8), latent_channels=8, width=64, res_blocks=1, patch=4)
+    x = torch.randn(1, 3, 17, 64, 64)
+    kept = {}
+
+    def keep(saved):
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        with torch.autocast("cpu", torch.bfloat16):
+            vae.vae_loss(model, x, torch.randn(1, 8, 5, 8, 8), 1e-3)
+    for p in model.parameters():
+        kept.pop(p.data_ptr(), None)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    said, said_checkpointing = vae.kept_bytes(model, (17, 64, 64))
+    assert said == pytest.approx(measured, rel=0.25)
+    assert said_checkpointing < said / 2
+
+
+def test_a_crop_is_the_same_random_place_of_every_clip():
+    t, h, w = 9, 16, 24
+    position = torch.arange(t * h * w).float().view(1, 1, t, h, w).expand(2, 3, t, h, w)
+    corners = set()
+    for step in range(50):
+        part = vae.random_part(position, (5, 8, 16), common.step_generator(step))
+        assert part.shape == (2, 3, 5, 8, 16) and torch.equal(part[0, 0], part[1, 2])
+        first = int(part[0, 0, 0, 0, 0])
+        corner = first // (h * w), first // w % h, first % w
+        torch.testing.assert_close(part, position[:, :, corner[0]:, corner[1]:, corner[2]:]
+                                   [:, :, :5, :8, :16])
+        corners.add(corner)
+    for axis, places in enumerate((5, 9, 9)):
+        seen = {corner[axis] for corner in corners}
+        assert min(seen) == 0 and max(seen) == places - 1
+
+
+def test_a_vae_trained_on_crops_encodes_whole_clips(tmp_path):
+    train("vae", tmp_path, "--size", "9x24x24", "--crop", "5x16x16", "--steps", "2")
+    latents = torch.load(tmp_path / "latents.pt", weights_only=True)["latents"]
+    assert latents.shape[1:] == (8, 3, 3, 3)
 
 
 def test_psnr_is_that_of_its_definition():
