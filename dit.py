@@ -203,12 +203,12 @@ class FeedForward(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x: [b, n, width]; shift, scale: [b, 1, width]."""
+    """x: [b, frames, h*w, width]; shift, scale: [b, frames, 1, width], frames = 1 for all alike."""
     return x * (1 + scale) + shift
 
 
 class TimestepEmbedder(nn.Module):
-    """t [b] in [0, 1] -> [b, dim]: sines and cosines, then two layers."""
+    """t [...] in [0, 1] -> [..., dim]: sines and cosines, then two layers."""
 
     def __init__(self, dim):
         super().__init__()
@@ -218,8 +218,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         # Our reading: at most 64 radians, which float16 still resolves on a phone.
         frequency = 64 ** (torch.arange(self.dim // 2, device=t.device) / (self.dim // 2 - 1))
-        phase = t[:, None] * frequency
-        return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1))
+        phase = t[..., None] * frequency
+        return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=-1))
 
 
 class Block(nn.Module):
@@ -246,20 +246,23 @@ class Block(nn.Module):
         nn.init.zeros_(self.feed_forward.down.weight)
 
     def forward(self, x, modulation, text, rope, masks=None):
-        """x: [b, n, width]; modulation: [b, 6, width]; text: [b, m, width]; rope: cos and sin
-        [n, head_dim / 2]. masks: None, or this block's, `blocks` a scalar, `self_heads` and
+        """x: [b, n, width]; modulation: [b, frames or 1, 6, width]; text: [b, m, width]; rope: cos
+        and sin [n, head_dim / 2]. masks: None, or this block's, `blocks` a scalar, `self_heads` and
         `cross_heads` [heads], `ffn` [ffn]. -> [b, n, width]"""
         masks = masks or {}
         block_mask = masks.get("blocks", 1)
-        signals = (modulation + self.scale_shift_table).unsqueeze(2)  # [b, 6, 1, width]
-        shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(1)
-        update = modulate(self.norm1(x), shift1, scale1).type_as(modulation)  # one cast for q, kv
+        signals = (modulation + self.scale_shift_table).unsqueeze(3)  # [b, frames, 6, 1, width]
+        shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(2)
+        by_frame = modulation.shape[1], -1
+        x = x.unflatten(1, by_frame)  # [b, frames, h*w, width]
+        update = modulate(self.norm1(x), shift1, scale1).flatten(1, 2).type_as(modulation)
         update = self.self_attention(update, rope=rope, head_mask=masks.get("self_heads"))
-        x = x + block_mask * gate1 * update
-        update = self.cross_attention(self.norm2(x), text, head_mask=masks.get("cross_heads"))
-        x = x + block_mask * update
+        x = x + block_mask * gate1 * update.unflatten(1, by_frame)
+        update = self.norm2(x).flatten(1, 2)
+        update = self.cross_attention(update, text, head_mask=masks.get("cross_heads"))
+        x = x + block_mask * update.unflatten(1, by_frame)
         update = self.feed_forward(modulate(self.norm3(x), shift2, scale2), masks.get("ffn"))
-        return x + block_mask * gate2 * update
+        return (x + block_mask * gate2 * update).flatten(1, 2)
 
 
 class FinalLayer(nn.Module):
@@ -277,8 +280,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, t_embedding, grid):
         t, h, w = grid
-        shift, scale = self.modulation(t_embedding)[:, None].chunk(2, dim=-1)
-        x = self.linear(modulate(self.norm(x), shift, scale))
+        shift, scale = self.modulation(t_embedding).unsqueeze(2).chunk(2, dim=-1)
+        x = x.unflatten(1, (t_embedding.shape[1], -1))  # [b, frames, h*w, width]
+        x = self.linear(modulate(self.norm(x), shift, scale)).flatten(1, 2)
         return rearrange(x, "b (t h w) c -> b c t h w", t=t, h=h, w=w)
 
 
@@ -310,19 +314,20 @@ class DiT(nn.Module):
         return block(*inputs)
 
     def embed_inputs(self, x_t, t):
-        """-> tokens [b, n, width], modulation [b, 6, width], RoPE's cos and sin [n, head_dim / 2],
-        and the embedded noise level [b, width / 2]."""
+        """-> tokens [b, n, width], modulation [b, frames or 1, 6, width], RoPE's cos and sin
+        [n, head_dim / 2], and the embedded noise levels [b, frames or 1, width / 2]."""
         x = self.x_embedder(rearrange(x_t, "b c t h w -> b (t h w) c"))
         angles = rope_angles(*x_t.shape[2:], self.head_dim, x.device)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        t_embedding = self.t_embedder(t)
-        modulation = rearrange(self.modulation(t_embedding), "b (six width) -> b six width", six=6)
+        t_embedding = self.t_embedder(t.view(len(t), -1))
+        modulation = self.modulation(t_embedding).unflatten(2, (6, -1))
         return x, modulation, rope, t_embedding
 
     def forward(self, x_t, t, text, masks=None, return_features=False):
-        """x_t: [b, c, t, h, w]; t: [b] in [0, 1], 1 is noise; text: [b, words, width] from
-        `text_encoder`. masks: None, or {0, 1} tensors, `blocks` [depth], `self_heads` and
-        `cross_heads` [depth, heads], `ffn` [depth, ffn].
+        """x_t: [b, c, t, h, w]; t: noise levels in [0, 1], 1 is noise, of clips [b] or of their
+        latent frames [b, frames]; text: [b, words, width] from `text_encoder`. masks: None, or
+        {0, 1} tensors, `blocks` [depth], `self_heads` and `cross_heads` [depth, heads], `ffn`
+        [depth, ffn].
         -> velocity [b, c, t, h, w], and if asked the tokens [b, n, width] after each block."""
         x, modulation, rope, t_embedding = self.embed_inputs(x_t, t)
         masks = masks or {}
@@ -338,9 +343,15 @@ class DiT(nn.Module):
 # ------------------------------------------------------------ rectified flow
 
 
+def per_frame(t):
+    """Levels [b] or [b, frames] -> [b, 1, frames or 1, 1, 1], to be combined with latents."""
+    return t.view(len(t), 1, -1, 1, 1)
+
+
 def add_noise(x0, noise, t):
-    """x_t on the straight line from data x0 to noise, each [b, c, t, h, w]; t: [b]."""
-    t = t.view(-1, 1, 1, 1, 1)
+    """x_t on the straight line from data x0 to noise, each [b, c, t, h, w]; t: [b] or
+    [b, frames]."""
+    t = per_frame(t)
     return (1 - t) * x0 + t * noise
 
 
@@ -350,11 +361,17 @@ def logit_normal(n, generator, mean=0.0):
     return torch.sigmoid(mean + torch.randn(n, generator=generator))
 
 
+def velocity_loss(velocity, target, t):
+    """Mean squared error over the latent frames that have noise, t > 0."""
+    is_noisy = (per_frame(t) > 0).expand_as(target)
+    return ((velocity.float() - target).square() * is_noisy).sum() / is_noisy.sum()
+
+
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
     """Flow matching (https://arxiv.org/abs/2209.03003): the mean squared error of the velocity. x0,
-    noise: [b, c, t, h, w]; prompts: [b, words]; t: [b]."""
+    noise: [b, c, t, h, w]; prompts: [b, words]; t: [b] or [b, frames]."""
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
-    return F.mse_loss(velocity.float(), noise - x0)
+    return velocity_loss(velocity, noise - x0, t)
 
 
 def guided_velocity(dit, x_t, t, text, empty, cfg):
@@ -368,17 +385,30 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
     return unconditional + cfg * (conditional - unconditional)
 
 
+def start_of(noise, picture):
+    """What sampling starts from: clean latents x0, zero but for the picture, and the share of the
+    noise level that each latent frame has, [b, frames], 0 for the picture. noise: [b, c, t, h, w];
+    picture: None, or a first latent frame [b, c, 1, h, w] that stays as it is."""
+    x0 = torch.zeros_like(noise)
+    share = torch.ones(len(noise), noise.shape[2], device=noise.device)
+    if picture is not None:
+        x0[:, :, :1] = picture
+        share[:, 0] = 0
+    return x0, share
+
+
 @torch.no_grad()
-def sample_euler(dit, noise, prompts, steps, cfg, trajectory=None):
-    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0.
-    trajectory: a list that gets, of each step, t, x_t, and the clean x0 to which the velocity
-    points."""
+def sample_euler(dit, noise, prompts, steps, cfg, picture=None, trajectory=None):
+    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0. picture:
+    as in start_of. trajectory: a list that gets, of each step, t, x_t, and the clean x0 to which
+    the velocity points."""
     text = dit.text_encoder(prompts)
     empty = dit.text_encoder(torch.full_like(prompts, PAD))
-    x = noise
+    x0, share = start_of(noise, picture)
+    x = add_noise(x0, noise, share)
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times, times[1:]):
-        velocity = guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
+        velocity = per_frame(share) * guided_velocity(dit, x, t * share, text, empty, cfg)
         if trajectory is not None:
             trajectory.append((t.item(), x, x - t * velocity))
         x = x + (t_next - t) * velocity
@@ -428,13 +458,18 @@ class Latents:
         """Clean latents [b, c, t, h, w] of these clips."""
         return (self.latents[torch.as_tensor(indices)].float() - self.mean) / self.std
 
-    def draw(self, generator, batch_size, cfg_dropout=0.0):
+    def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
-        empty for CFG (embeddings of your own: zeros); noise, as x0; t [b]."""
+        empty for CFG (embeddings of your own: zeros); noise, as x0; t [b, frames], alike but for
+        the first one of an image_share of the clips, which is 0: given, as a picture to go on
+        from."""
         picked = torch.randint(len(self.train), (batch_size,), generator=generator)[SHARE]
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
+        t = t[:, None].repeat(1, noise.shape[2])
+        has_picture = torch.rand(batch_size, generator=generator)[SHARE] < image_share
+        t[has_picture, 0] = 0
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = PAD
         return self.x0(picked), prompts, noise, t
@@ -461,6 +496,17 @@ def decode(vae, metadata, x0, precision, batch=32):
         with precision():
             clips.append(vae.decode((part * std + mean).to(device)).float().clamp(-1, 1).cpu())
     return torch.cat(clips)
+
+
+@torch.no_grad()
+def encode(vae, metadata, clips, precision):
+    """The inverse: clips [b, 3, t, h, w] in [-1, 1] -> normalised latents on the CPU."""
+    device = next(vae.parameters()).device
+    with precision():
+        latents, _ = vae.encode(clips.to(device))
+    mean = metadata["latent_mean"].view(-1, 1, 1, 1)
+    std = metadata["latent_std"].view(-1, 1, 1, 1)
+    return (latents.float().cpu() - mean) / std
 
 
 # ------------------------------------------------------------ what a size costs
@@ -520,6 +566,11 @@ def print_cost(name, config, n):
 # ------------------------------------------------------------ the training
 
 
+def add_image_share(p):
+    p.add_argument("--image-share", type=number(0, 1), default=0.0,
+                   help="share of clips whose first frame is given, for image-to-video")
+
+
 def main(argv=None):
     p = make_parser(__doc__, PRESETS, argv)
     p.add_argument("--width", type=positive, help="channels of a token")
@@ -529,6 +580,7 @@ def main(argv=None):
     p.add_argument("--ffn", type=positive, help="hidden channels of the FFN")
     p.add_argument("--cfg-dropout", type=number(0, 1), default=0.1,
                    help="share of captions left empty in training, for classifier-free guidance")
+    add_image_share(p)
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--out", "dit.pt", "the trained DiT")
     add_training_flags(p)
@@ -559,7 +611,8 @@ def main(argv=None):
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
 
     def draw(step):
-        return data.draw(step_generator("dit", args.seed, step), args.batch_size, args.cfg_dropout)
+        g = step_generator("dit", args.seed, step)
+        return data.draw(g, args.batch_size, args.cfg_dropout, args.image_share)
 
     loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                 optimizer=optimizer)

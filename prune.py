@@ -27,7 +27,6 @@ velocity, its tokens after each block) of the same weight.
 import copy
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -36,8 +35,8 @@ from common import (FROZEN_BYTES, TRAINED_BYTES, Loop, Optimizer, add_file, add_
                     fail, finish, make_parser, micro_batches, number, positive, print_memory,
                     progress, run_script, save, set_up, settings_of, step_generator, steps_of,
                     stop_if_done, warmup_cosine)
-from dit import (DiT, Latents, add_noise, flow_loss, kept_bytes, load_dit, planned_config,
-                 planned_tokens, print_cost)
+from dit import (DiT, Latents, add_image_share, add_noise, flow_loss, kept_bytes, load_dit,
+                 planned_config, planned_tokens, print_cost, velocity_loss)
 
 PRESETS = {
     "tiny": dict(
@@ -187,7 +186,7 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
     with `features` also that of the tokens after each kept block, relative to their size. While the
     student has all blocks, under masks, block i learns from block i; after the cut, block j learns
     from the teacher's block kept_blocks[j]. batch: x0 [b, c, t, h, w], prompts [b, words], noise,
-    t [b]."""
+    t [b] or [b, frames]."""
     x0, prompts, noise, t = batch
     x_t = add_noise(x0, noise, t)
     with torch.no_grad():
@@ -195,9 +194,9 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
                                                      return_features=True)
     velocity, features = student(x_t, t, student.text_encoder(prompts), masks,
                                  return_features=True)
-    loss = F.mse_loss(velocity.float(), noise - x0)
+    loss = velocity_loss(velocity, noise - x0, t)
     if "output" in kd:
-        loss = loss + F.mse_loss(velocity.float(), teacher_velocity.float())
+        loss = loss + velocity_loss(velocity, teacher_velocity.float(), t)
     if "features" in kd:
         if kept_blocks is not None:
             teacher_features = [teacher_features[i] for i in kept_blocks]
@@ -219,7 +218,8 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     batches = []
     for i in range(8):
         g = step_generator("sensitivity", args.seed, i)
-        batches.append([x.to(device) for x in data.draw(g, args.batch_size, cfg_dropout=0.1)])
+        batch = data.draw(g, args.batch_size, 0.1, args.image_share)
+        batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
     scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
                          args.accumulate)
@@ -232,7 +232,8 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
-        return data.draw(step_generator("masks", args.seed, step), args.batch_size, cfg_dropout=0.1)
+        g = step_generator("masks", args.seed, step)
+        return data.draw(g, args.batch_size, 0.1, args.image_share)
 
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                 masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
@@ -264,7 +265,8 @@ def recover(args, settings, data, teacher, dense, kept_blocks, device, precision
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):  # a tenth of the captions empty, since the small model is guided too
-        return data.draw(step_generator("prune", args.seed, step), args.batch_size, cfg_dropout=0.1)
+        g = step_generator("prune", args.seed, step)
+        return data.draw(g, args.batch_size, 0.1, args.image_share)
 
     loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
                 optimizer=optimizer)
@@ -321,6 +323,7 @@ def parse_arguments(argv):
                    help="steps of learning masks, before --steps")
     p.add_argument("--mask-lr", type=number(0), default=0.002,
                    help="learning rate of the mask logits, down to 0 as the budget is reached")
+    add_image_share(p)
     add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--masks", "masks.pt", "the masks, written")

@@ -36,13 +36,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common import (add_device_flags, add_file, count_parameters, fail, load, make_parser, number,
-                    positive, progress, read_metrics, reading, record_metrics, run_script, say,
-                    set_up, step_generator, write_atomically)
+from common import (add_device_flags, add_file, count_parameters, fail, load, make_parser,
+                    not_negative, number, positive, progress, read_metrics, reading, record_metrics,
+                    run_script, say, set_up, step_generator, write_atomically)
 from distill import sample_student
-from dit import Latents, decode, flow_loss, load_dit, logit_normal, sample_euler, text_input, words
+from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler,
+                 text_input, words)
 from vae import COLORS, DIRECTIONS, SHAPES, load_vae, open_data, shape_coverage
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
@@ -81,24 +82,28 @@ class Model:
             clips.append(torch.randn(shape, generator=g))
         return torch.stack(clips, dim=1).to(self.device)
 
-    def sample(self, prompts, noise, trajectory=None):
-        """-> normalised latents [b, c, t, h, w]. trajectory: as in sample_euler."""
+    def sample(self, prompts, noise, picture=None, trajectory=None):
+        """-> normalised latents [b, c, t, h, w]. picture, trajectory: as in sample_euler."""
         with self.precision():
             if self.is_student:
-                return sample_student(self.dit, noise, prompts, trajectory)
-            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, trajectory)
+                return sample_student(self.dit, noise, prompts, picture, trajectory)
+            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, picture,
+                                trajectory)
 
-    def make(self, captions, seed, batch=48):
+    def make(self, captions, seed, picture=None, batch=48):
         """-> normalised latents [n, c, t, h, w] on the CPU, and the median over batches of seconds
-        per clip."""
+        per clip. picture: None, or the first latent frames of the clips, [n or 1, c, 1, h, w]."""
         prompts = self.prompts(captions)
         noise = self.noise(len(captions), seed)
         x0 = []
         seconds = []
         name = f"{STAGES[self.stage]}, {len(captions)} clips"
+        if picture is not None:
+            picture = picture.to(self.device).expand(len(captions), -1, -1, -1, -1)
         for i in progress(range(0, len(captions), batch), desc=name):
             start = time.perf_counter()
-            latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch])
+            given = None if picture is None else picture[i:i + batch]
+            latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch], given)
             x0.append(latents.cpu())  # waits for the device
             seconds.append((time.perf_counter() - start) / len(x0[-1]))
         return torch.cat(x0), float(np.median(seconds))
@@ -504,7 +509,8 @@ def from_noise(args, data, vae, models, caption, precision):
     rows = []
     for model in models:
         trajectory = []
-        model.sample(model.prompts([caption]), model.noise(1, args.seed), trajectory)
+        model.sample(model.prompts([caption]), model.noise(1, args.seed),
+                     trajectory=trajectory)
         row = []
         shown = min(8, len(trajectory))
         for i in np.linspace(0, len(trajectory) - 1, shown).round().astype(int):
@@ -603,11 +609,34 @@ def report(args, device, precision):
 # ------------------------------------------------------------ the command line
 
 
+def read_picture(path, vae, metadata):
+    """A picture file, scaled to cover a clip's size and cropped -> [1, 3, 1, h, w] in [-1, 1]."""
+    rows, columns = metadata["latent_shape"][2:]
+    _, rs, _ = vae.config["ratio"]
+    with reading(path):
+        image = ImageOps.fit(Image.open(path).convert("RGB"), (columns * rs, rows * rs))
+    pixels = torch.from_numpy(np.array(image))
+    return rearrange(pixels, "h w rgb -> 1 rgb 1 h w").float() / 127.5 - 1
+
+
 def make_clips(args, prompts, device, precision):
+    """--prompt: one clip each, from noise or from a picture, and as many stretches further, each
+    from the last frame of the one before."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
     vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
-    x0, _ = model.make(prompts, args.seed)
-    clips = decode(vae, model.checkpoint, x0, precision)
+    if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
+        fail(f"{args.model} cannot go on from a picture: train it with --image-share 0.2")
+    picture = None
+    if args.image:
+        given = read_picture(args.image, vae, model.checkpoint)
+        picture = encode(vae, model.checkpoint, given, precision)
+    stretches = []
+    for i in range(1 + args.stretches):
+        x0, _ = model.make(prompts, args.seed + 1000 * i, picture)
+        clips = decode(vae, model.checkpoint, x0, precision)
+        stretches.append(clips[:, :, 1:] if stretches else clips)
+        picture = encode(vae, model.checkpoint, clips[:, :, -1:], precision)
+    clips = torch.cat(stretches, dim=2)
     cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]
     columns = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))
     while len(cells) % columns:
@@ -622,6 +651,10 @@ def main(argv=None):
     p = make_parser(__doc__, PRESETS, argv)
     p.add_argument("--prompt", action="append", default=[],
                    help="what to show, in words of the training captions; may be repeated")
+    p.add_argument("--image", type=Path, metavar="FILE",
+                   help="a picture to start --prompt's clips from, if trained with --image-share")
+    p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
+                   help="N further stretches, each from the last frame of the one before")
     p.add_argument("--sampling-steps", type=positive,
                    help="steps per clip; --score and --report leave a student its own (default: a "
                         "student's own, 40 for the others)")

@@ -107,6 +107,37 @@ def test_the_flow_goes_from_noise_to_data_along_a_straight_line():
     assert dit.flow_loss(perfect, x0, tokens, noise, torch.tensor([0.3])) < 1e-12
 
 
+def test_one_level_for_all_frames_is_that_level_for_the_clip(micro_dit):
+    x, t, tokens = inputs()
+    text = micro_dit.text_encoder(tokens)
+    of_frames = t[:, None].repeat(1, x.shape[2])
+    torch.testing.assert_close(micro_dit(x, of_frames, text), micro_dit(x, t, text))
+    of_frames[:, 0] = 0
+    assert not torch.allclose(micro_dit(x, of_frames, text), micro_dit(x, t, text))
+
+
+def test_a_given_picture_is_seen_without_noise_and_has_no_loss(micro_dit):
+    x0, t, tokens = inputs()
+    t = t[:, None].repeat(1, x0.shape[2])
+    t[:, 0] = 0
+    noise = torch.randn_like(x0)
+    other = noise.clone()
+    other[:, :, 0] += 5
+    loss = dit.flow_loss(micro_dit, x0, tokens, noise, t)
+    torch.testing.assert_close(dit.flow_loss(micro_dit, x0, tokens, other, t), loss)
+    velocity = micro_dit(dit.add_noise(x0, noise, t), t, micro_dit.text_encoder(tokens))
+    expected = (velocity - noise + x0)[:, :, 1:].square().mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_share_of_the_clips_is_drawn_with_a_picture(micro_run):
+    data = dit.Latents(micro_run / "latents.pt")
+    for share in 0.0, 0.3, 1.0:
+        *_, t = data.draw(common.step_generator(0), 400, image_share=share)
+        assert (t[:, 0] == 0).float().mean() == pytest.approx(share, abs=0.08)
+        assert (t[:, 1:] == t[:, 1:2]).all() and (t[:, 1:] > 0).all()
+
+
 def test_noise_levels_lie_between_0_and_1_about_their_mean():
     t = dit.logit_normal(10_000, torch.Generator().manual_seed(0), mean=-2.5)
     assert 0 < t.min() and t.max() < 1

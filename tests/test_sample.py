@@ -1,6 +1,8 @@
 """Each score must rank known good clips above known bad ones before it is used for anything."""
 import io
+import shutil
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -131,7 +133,7 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
     prompts = model.prompts([CAPTION])
     noise = model.noise(1, 0)
     trajectory = []
-    x0 = model.sample(prompts, noise, trajectory)
+    x0 = model.sample(prompts, noise, trajectory=trajectory)
     times = [t for t, _, _ in trajectory]
     assert len(trajectory) == steps and times == sorted(times, reverse=True)
     torch.testing.assert_close(trajectory[0][1], noise[0])
@@ -139,7 +141,67 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
     assert torch.equal(x0, model.sample(prompts, noise))
 
 
+@pytest.mark.parametrize("stage", ["dit", "student"])
+def test_a_given_picture_stays_as_it_is_and_changes_what_follows(micro_run, stage):
+    model = load_model(micro_run, stage)
+    prompts = model.prompts([CAPTION] * 2)
+    noise = model.noise(2, 0)
+    picture = torch.randn(2, *model.checkpoint["latent_shape"])[:, :, :1]
+    x0 = model.sample(prompts, noise, picture)
+    assert torch.equal(x0[:, :, :1], picture)
+    assert not torch.allclose(x0[:, :, 1:], model.sample(prompts, noise)[:, :, 1:])
+
+
 # ------------------------------------------------------------ videos and pictures
+
+
+@pytest.fixture
+def image_run(micro_run, tmp_path):
+    """A run whose student says that it was trained for pictures, and a picture."""
+    shutil.copy(micro_run / "vae.pt", tmp_path)
+    student = torch.load(micro_run / "student.pt", weights_only=True)
+    student["settings"]["image_share"] = 0.2
+    torch.save(student, tmp_path / "student.pt")
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    iio.imwrite(tmp_path / "first.png", noise)
+    return tmp_path
+
+
+def test_a_clip_goes_on_from_a_picture_and_from_its_own_last_frame(image_run, monkeypatch):
+    written = []
+    monkeypatch.setattr(sample, "write_video", lambda path, rows, fps: written.append(rows[0][0]))
+    flags = ["--run", str(image_run), "--device", "cpu", "--dtype", "float32", "--prompt", CAPTION,
+             "--image", str(image_run / "first.png")]
+    for more in [], ["--continue", "2"]:
+        sample.main([*flags, *more])
+    once, thrice = written
+    assert len(thrice) == len(once) + 2 * (len(once) - 1)
+    assert np.array_equal(thrice[:len(once)], once)
+
+    checkpoint = torch.load(image_run / "student.pt", weights_only=True)
+    autoencoder = vae.load_vae(image_run / "vae.pt", "cpu", checkpoint["vae_checksum"])
+    picture = sample.read_picture(image_run / "first.png", autoencoder, checkpoint)
+    assert picture.shape == (1, 3, 1, 16, 16)
+    reconstruction = autoencoder.decode(autoencoder.encode(picture)[0]).clamp(-1, 1)
+    expected = sample.cell(reconstruction[0], CAPTION)[0].astype(int)
+    assert np.abs(expected - once[0]).max() <= 1  # what the VAE keeps of it, nothing else
+
+
+def test_the_encoders_inverse_is_the_decoder(micro_run):
+    _, checkpoint = dit.load_dit(micro_run / "student.pt", "cpu", "student")
+
+    class Same(torch.nn.Linear):
+        config = dict(latent_channels=8)
+
+        def encode(self, x):
+            return x, None
+
+        def decode(self, z):
+            return z
+
+    clips = torch.rand(2, 8, 3, 4, 4)
+    latents = dit.encode(Same(1, 1), checkpoint, clips, torch.no_grad)
+    torch.testing.assert_close(dit.decode(Same(1, 1), checkpoint, latents, torch.no_grad), clips)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
