@@ -11,6 +11,7 @@ shown to another network.
     subject consistency   cosine similarity of each frame's subject with the first frame's
     motion smoothness     1 - mean distance of a frame from the mean of its neighbours
     dynamic degree        mean difference of neighbouring frames, pixels in [0, 1]
+    outline IoU           overlap of the subject with the ideal outline of the shape asked for
     Frechet distance      from test clips as the VAE keeps them, on the features of a fixed random
                           network; less is better
 
@@ -183,6 +184,36 @@ def measure(clips):
     return torch.where(is_visible, torch.stack([color, shape, direction], dim=1), -1)
 
 
+def outline_iou(clips, captions):
+    """How well the subject fills the outline that the caption asks for: intersection over union
+    with the ideal shape where that fits best, mean over frames. clips: [b, 3, t, h, w] of `shapes`
+    -> [b] in [0, 1]"""
+    mask = subject_mask(clips)
+    b, _, h, w = mask.shape
+    asked = [[i for i, name in enumerate(SHAPES) if name in words(c)][0] for c in captions]
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+
+    def overlap(fit):
+        """fit: (x, y, radius) [b, t, 3] -> [b, t]"""
+        shape_x, shape_y, radius = fit[..., None, None].unbind(2)  # each [b, t, 1, 1]
+        ideal = shape_coverage(x - shape_x, y - shape_y, radius)[torch.arange(b), ..., asked]
+        union = torch.maximum(mask, ideal).sum((2, 3))
+        return torch.minimum(mask, ideal).sum((2, 3)) / (union + 1e-6)
+
+    # Start from the centroid and about the right size; then take every step that fits better.
+    centre, area = centroids(mask)
+    radius = (area / 2).sqrt().clamp(min=1)
+    fit = torch.cat([centre, radius[..., None]], dim=-1)
+    best = overlap(fit)
+    for step in (0.2, 0.2, 0.1, 0.1, 0.05, 0.05, 0.02, 0.02):  # of the radius
+        for move in [*torch.eye(3), *-torch.eye(3)]:
+            candidate = fit + step * move * fit[..., 2:]
+            score = overlap(candidate)
+            fit = torch.where((score > best)[..., None], candidate, fit)
+            best = torch.maximum(score, best)
+    return best.mean(1)
+
+
 def nearest_captions(x0, data, piece=4096):
     """Of each clip the caption of the nearest training clip, by distance of latents."""
     least = torch.full((len(x0),), math.inf)
@@ -291,11 +322,16 @@ def score_clips(x0, captions, data, vae, precision, batch=32):
         part = x0[start:start + batch]
         clips = decode(vae, data.metadata, part, precision)
         features.append(fixed_features(clips))
-        verdicts = judge(captions[start:start + batch], clips, part, data)
-        for clip, verdict in zip(clips.split(1), verdicts):
+        for verdict in judge(captions[start:start + batch], clips, part, data):
             row = {aspect: float(right) for aspect, (right, _) in verdict.items()}
             row["text_alignment"] = min(row.values())  # all of them right
-            rows.append(row | motion_scores(clip, data.on_shapes))
+            rows.append(row)
+        for row, clip in zip(rows[start:], clips.split(1)):
+            row.update(motion_scores(clip, data.on_shapes))
+        if data.on_shapes:
+            overlaps = outline_iou(clips, captions[start:start + batch]).tolist()
+            for row, overlap in zip(rows[start:], overlaps):
+                row["outline_iou"] = overlap
     return rows, torch.cat(features)
 
 
@@ -533,6 +569,7 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
     "color": ("colour, %", 100),
     "shape": ("shape, %", 100),
     "direction": ("direction, %", 100),
+    "outline_iou": ("outline IoU, %", 100),
     "nearest training clip": ("nearest training clip, %", 100),
     "held_out_alignment": ("unseen combinations, %", 100),
     "validation_loss": ("validation loss", 1),

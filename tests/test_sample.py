@@ -42,6 +42,25 @@ def test_the_measure_reads_real_renders_and_chance_on_shuffled_captions():
     assert (sample.measure(nothing) == -1).all()  # a grey clip is no shape at all
 
 
+def test_the_outline_score_sees_round_corners_other_shapes_and_blur():
+    """One still subject of 8 pixels' radius, for the caption "square"."""
+    y, x = torch.meshgrid(torch.arange(32) - 15.2, torch.arange(32) - 16.4, indexing="ij")
+    half = 0.87 * 8
+    corner = torch.stack([x.abs(), y.abs()]).sub(half - 4).clamp(min=0)
+    rounded = (0.5 - (corner.norm(dim=0) - 4)).clamp(0, 1)  # corners with a radius of 4 pixels
+    circle, square, _, bar = vae.shape_coverage(x, y, torch.tensor(8.0)).unbind(-1)
+    blurred = torch.nn.functional.avg_pool2d(square[None], 5, 1, 2)[0]
+    masks = torch.stack([square, rounded, circle, bar, blurred])
+    clips = masks[:, None, None].repeat(1, 1, 3, 1, 1)  # three frames
+    color = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1, 1)
+    pixels = clips * color + (1 - clips) * 0.3
+    exact, is_rounded, is_circle, is_bar, is_blurred = sample.outline_iou(
+        pixels * 2 - 1, ["a red square"] * 5).tolist()
+    assert exact > 0.97 and exact - is_rounded > 0.03
+    assert is_rounded > is_circle + 0.03 > is_bar
+    assert exact - is_blurred > 0.05
+
+
 def test_smoothness_falls_when_frames_are_shuffled_and_frozen_ones_do_not_move(clips):
     good = sample.motion_scores(clips, True)
     shuffled = sample.motion_scores(clips[:, :, [4, 0, 7, 2, 8, 1, 6, 3, 5]], True)
