@@ -1,0 +1,102 @@
+"""Image-to-video, measured on a run that was trained with --image-share: what docs/experiments.md
+says of it.
+
+    python tests/bench_image.py --run runs/tiny
+
+Pictures: first frames of test clips. Each goes on under a prompt that names another colour and
+another direction than its clip had, so that what the picture decides and what the prompt decides
+can be told apart. Then longer clips: each stretch starts from the last frame of the one before.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import set_up  # noqa: E402
+from dit import Latents, decode, encode  # noqa: E402
+from sample import STAGES, Model, input_clips, measure, outline_iou  # noqa: E402
+from vae import COLORS, DIRECTIONS, SHAPES, load_vae  # noqa: E402
+
+OTHER_DIRECTION = {"left": "up", "up": "right", "right": "down", "down": "left"}
+
+
+def share(found, wanted):
+    return f"{100 * (found == wanted).float().mean().item():.0f} %"
+
+
+def index_of(captions, names):
+    return torch.tensor([[i for i, name in enumerate(names) if name in caption.split()][0]
+                         for caption in captions])
+
+
+def psnr(clip, reference):
+    return (10 * torch.log10(4 / (clip - reference).square().mean((1, 2, 3, 4)))).mean().item()
+
+
+def animate(model, data, vae, precision, n):
+    """n pictures under n other prompts: one line of a table."""
+    picked = data.test[:n]
+    own_captions = [data.test_captions[i - data.test[0]] for i in picked]
+    pictures = input_clips(data, list(picked))[:, :, :1]
+    color = index_of(own_captions, COLORS)
+    shape = index_of(own_captions, SHAPES)
+    asked_color = (color + 1) % len(COLORS)
+    prompts = []
+    for caption, i in zip(own_captions, asked_color.tolist()):
+        _, _, name, _, direction = caption.split()
+        prompts.append(f"a {list(COLORS)[i]} {name} moving {OTHER_DIRECTION[direction]}")
+    given = encode(vae, data.metadata, pictures, precision)
+    x0, _ = model.make(prompts, seed=0, picture=given)
+    clips = decode(vae, data.metadata, x0, precision)
+    reconstruction = decode(vae, data.metadata, given, precision)
+    found = measure(clips)
+    first = psnr(clips[:, :, :1], pictures)
+    print(f"| {STAGES[model.stage]} | {first:.1f} | {psnr(reconstruction, pictures):.1f} | "
+          f"{share(found[:, 2], index_of(prompts, DIRECTIONS))} | {share(found[:, 1], shape)} | "
+          f"{share(found[:, 0], color)} | {share(found[:, 0], asked_color)} |")
+
+
+def go_on(model, data, vae, precision, n, stretches):
+    """n prompts, each from noise, then on and on: a line per stretch."""
+    seen = data.metadata["captions"]
+    prompts = [seen[i % len(seen)] for i in range(n)]
+    wanted = torch.stack([index_of(prompts, names) for names in (COLORS, SHAPES, DIRECTIONS)], 1)
+    picture = None
+    for i in range(stretches):
+        x0, _ = model.make(prompts, 1000 * i, picture)
+        clips = decode(vae, data.metadata, x0, precision)
+        picture = encode(vae, data.metadata, clips[:, :, -1:], precision)
+        right = measure(clips) == wanted
+        aspects = " | ".join(f"{100 * x:.0f} %" for x in right.float().mean(0).tolist())
+        overlap = outline_iou(clips, prompts).mean().item()
+        print(f"| {STAGES[model.stage]} | {i + 1} | {100 * right.all(1).float().mean():.0f} % | "
+              f"{aspects} | {100 * overlap:.0f} % |")
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    p.add_argument("--clips", type=int, default=96)
+    p.add_argument("--stretches", type=int, default=8)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    args = p.parse_args()
+    device, precision = set_up(args)
+    data = Latents(args.run / "latents.pt")
+    vae = load_vae(args.run / "vae.pt", device, data.metadata["vae_checksum"])
+    models = [Model(args.run / f"{stage}.pt", device, precision, None, 3.0) for stage in STAGES]
+    print("| | first frame, dB | of the VAE, dB | direction as prompted | shape of the picture | "
+          "colour of the picture | colour of the prompt |\n|---|---|---|---|---|---|---|")
+    for model in models:
+        animate(model, data, vae, precision, args.clips)
+    print("\n| | stretch | text alignment | colour | shape | direction | outline IoU |\n"
+          "|---|---|---|---|---|---|---|")
+    go_on(models[-1], data, vae, precision, args.clips, args.stretches)
+
+
+if __name__ == "__main__":
+    main()
