@@ -284,12 +284,13 @@ def main(argv=None):
     def draw(step):
         g = step_generator("distill", args.seed, step)
         b = args.batch_size
-        real, prompts, noise, t = data.draw(g, b, image_share=args.image_share)
+        real, prompts, noise, t = data.draw(g, b, 0.0, args.image_share, args.picture_share)
         level = times[torch.randint(len(times), (b,), generator=g)][SHARE]
         t = torch.where(t > 0, level[:, None], 0)  # a given picture keeps its 0
         s = logit_normal(b, g, args.d_noise_level)[SHARE]
-        s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE]
-        r1_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE]
+        frames = real.shape[2]
+        s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
+        r1_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
         return real, prompts, noise, t, s, s_noise, r1_noise
 
     loop = Loop("distill", args, settings, args.steps, device, draw, student=student,

@@ -458,21 +458,25 @@ class Latents:
         """Clean latents [b, c, t, h, w] of these clips."""
         return (self.latents[torch.as_tensor(indices)].float() - self.mean) / self.std
 
-    def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0):
+    def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0, picture_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
         empty for CFG (embeddings of your own: zeros); noise, as x0; t [b, frames], alike but for
         the first one of an image_share of the clips, which is 0: given, as a picture to go on
-        from."""
+        from. A picture_share of the batches are pictures: the first latent frames alone."""
         picked = torch.randint(len(self.train), (batch_size,), generator=generator)[SHARE]
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
         t = t[:, None].repeat(1, noise.shape[2])
         has_picture = torch.rand(batch_size, generator=generator)[SHARE] < image_share
-        t[has_picture, 0] = 0
+        x0 = self.x0(picked)
+        if torch.rand((), generator=generator) < picture_share:
+            x0, noise, t = x0[:, :, :1], noise[:, :, :1], t[:, :1]
+        else:
+            t[has_picture, 0] = 0
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = PAD
-        return self.x0(picked), prompts, noise, t
+        return x0, prompts, noise, t
 
 
 def load_dit(path, device, *stages):
@@ -612,7 +616,8 @@ def main(argv=None):
 
     def draw(step):
         g = step_generator("dit", args.seed, step)
-        return data.draw(g, args.batch_size, args.cfg_dropout, args.image_share)
+        return data.draw(g, args.batch_size, args.cfg_dropout, args.image_share,
+                         args.picture_share)
 
     loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                 optimizer=optimizer)

@@ -218,7 +218,7 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     batches = []
     for i in range(8):
         g = step_generator("sensitivity", args.seed, i)
-        batch = data.draw(g, args.batch_size, 0.1, args.image_share)
+        batch = data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
     scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
@@ -233,7 +233,7 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
 
     def draw(step):
         g = step_generator("masks", args.seed, step)
-        return data.draw(g, args.batch_size, 0.1, args.image_share)
+        return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
 
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                 masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
@@ -266,7 +266,7 @@ def recover(args, settings, data, teacher, dense, kept_blocks, device, precision
 
     def draw(step):  # a tenth of the captions empty, since the small model is guided too
         g = step_generator("prune", args.seed, step)
-        return data.draw(g, args.batch_size, 0.1, args.image_share)
+        return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
 
     loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
                 optimizer=optimizer)

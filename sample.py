@@ -41,11 +41,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import (add_device_flags, add_file, count_parameters, fail, load, make_parser,
                     not_negative, number, positive, progress, read_metrics, reading, record_metrics,
-                    run_script, say, set_up, step_generator, write_atomically)
+                    run_script, say, set_up, size, step_generator, write_atomically)
 from distill import sample_student
 from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler,
                  text_input, words)
-from vae import COLORS, DIRECTIONS, SHAPES, load_vae, open_data, shape_coverage
+from vae import COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, shape_coverage
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpoint -> its name
@@ -62,6 +62,7 @@ class Model:
         self.device = device
         self.precision = precision
         self.cfg = cfg
+        self.latent_shape = self.checkpoint["latent_shape"]
         self.stage = self.checkpoint["stage"]
         self.is_student = self.stage == "student"
         own_steps = len(self.checkpoint["timesteps"]) if self.is_student else 40
@@ -76,7 +77,7 @@ class Model:
         """[steps, n, c, t, h, w]. Clip i's noise depends on seed + i alone, and its first step's is
         the same for every checkpoint."""
         steps = self.steps if self.is_student else 1
-        shape = steps, *self.checkpoint["latent_shape"]
+        shape = steps, *self.latent_shape
         clips = []
         for i in range(n):
             g = torch.Generator().manual_seed(seed + i)
@@ -646,12 +647,10 @@ def report(args, device, precision):
 # ------------------------------------------------------------ the command line
 
 
-def read_picture(path, vae, metadata):
-    """A picture file, scaled to cover a clip's size and cropped -> [1, 3, 1, h, w] in [-1, 1]."""
-    rows, columns = metadata["latent_shape"][2:]
-    _, rs, _ = vae.config["ratio"]
+def read_picture(path, height, width):
+    """A picture file, scaled to cover that and cropped -> [1, 3, 1, height, width] in [-1, 1]."""
     with reading(path):
-        image = ImageOps.fit(Image.open(path).convert("RGB"), (columns * rs, rows * rs))
+        image = ImageOps.fit(Image.open(path).convert("RGB"), (width, height))
     pixels = torch.from_numpy(np.array(image))
     return rearrange(pixels, "h w rgb -> 1 rgb 1 h w").float() / 127.5 - 1
 
@@ -661,11 +660,17 @@ def make_clips(args, prompts, device, precision):
     from the last frame of the one before."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
     vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
+    channels, t, h, w = model.latent_shape
+    rt, rs, _ = vae.config["ratio"]
+    clip_size = args.size or (1 + (t - 1) * rt, h * rs, w * rs)
+    if args.frames:
+        clip_size = args.frames, *clip_size[1:]
+    model.latent_shape = channels, *latent_size(clip_size, vae.config["ratio"])
     if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
         fail(f"{args.model} cannot go on from a picture: train it with --image-share 0.2")
     picture = None
     if args.image:
-        given = read_picture(args.image, vae, model.checkpoint)
+        given = read_picture(args.image, *clip_size[1:])
         picture = encode(vae, model.checkpoint, given, precision)
     stretches = []
     for i in range(1 + args.stretches):
@@ -692,6 +697,9 @@ def main(argv=None):
                    help="a picture to start --prompt's clips from, if trained with --image-share")
     p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
                    help="N further stretches, each from the last frame of the one before")
+    p.add_argument("--size", type=size, metavar="TxHxW",
+                   help="frames x height x width of --prompt's clips (default: as trained)")
+    p.add_argument("--frames", type=positive, help="their frames alone; 1: a picture")
     p.add_argument("--sampling-steps", type=positive,
                    help="steps per clip; --score and --report leave a student its own (default: a "
                         "student's own, 40 for the others)")

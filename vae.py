@@ -640,7 +640,9 @@ def main(argv=None):
         picked = torch.randint(len(data.train), (args.batch_size,), generator=g)
         noise = torch.randn(args.batch_size, *crop_shape, generator=g)
         clips = data.clip(picked[SHARE].tolist())
-        return random_part(clips, crop, g), noise[SHARE]
+        clips = random_part(clips, crop, g)
+        frames = 1 if torch.rand((), generator=g) < args.picture_share else None
+        return clips[:, :, :frames], noise[SHARE][:, :, :frames]
 
     loop = Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
                 optimizer=optimizer)

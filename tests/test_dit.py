@@ -138,6 +138,20 @@ def test_a_share_of_the_clips_is_drawn_with_a_picture(micro_run):
         assert (t[:, 1:] == t[:, 1:2]).all() and (t[:, 1:] > 0).all()
 
 
+def test_a_share_of_the_batches_is_pictures(micro_run):
+    data = dit.Latents(micro_run / "latents.pt")
+    for share in 0.0, 0.3, 1.0:
+        pictures = 0
+        for step in range(200):
+            batch = data.draw(common.step_generator(step), 4, 0.1, 0.5, picture_share=share)
+            x0, _, noise, t = batch
+            assert x0.shape == noise.shape and t.shape[1] == x0.shape[2]
+            is_picture = x0.shape[2] == 1
+            assert not is_picture or (t > 0).all()  # a picture has no given first frame
+            pictures += is_picture
+        assert pictures / 200 == pytest.approx(share, abs=0.1)
+
+
 def test_noise_levels_lie_between_0_and_1_about_their_mean():
     t = dit.logit_normal(10_000, torch.Generator().manual_seed(0), mean=-2.5)
     assert 0 < t.min() and t.max() < 1

@@ -199,11 +199,26 @@ def test_a_clip_goes_on_from_a_picture_and_from_its_own_last_frame(image_run, mo
 
     checkpoint = torch.load(image_run / "student.pt", weights_only=True)
     autoencoder = vae.load_vae(image_run / "vae.pt", "cpu", checkpoint["vae_checksum"])
-    picture = sample.read_picture(image_run / "first.png", autoencoder, checkpoint)
+    picture = sample.read_picture(image_run / "first.png", 16, 16)
     assert picture.shape == (1, 3, 1, 16, 16)
     reconstruction = autoencoder.decode(autoencoder.encode(picture)[0]).clamp(-1, 1)
     expected = sample.cell(reconstruction[0], CAPTION)[0].astype(int)
     assert np.abs(expected - once[0]).max() <= 1  # what the VAE keeps of it, nothing else
+
+
+@pytest.mark.parametrize("flags, shape", [
+    ("--size 9x24x32", (9, 24, 32)), ("--frames 1", (1, 16, 16)), ("--frames 13", (13, 16, 16))])
+def test_a_clip_may_have_another_size_than_those_trained_on(micro_run, monkeypatch, flags, shape):
+    decoded = []
+
+    def decode(*args):
+        decoded.append(dit.decode(*args))
+        return decoded[-1]
+
+    monkeypatch.setattr(sample, "decode", decode)
+    monkeypatch.setattr(sample, "write_video", lambda *args: None)
+    sample.main(["--run", str(micro_run), "--device", "cpu", "--prompt", CAPTION, *flags.split()])
+    assert decoded[0].shape == (1, 3, *shape) and decoded[0].isfinite().all()
 
 
 def test_the_encoders_inverse_is_the_decoder(micro_run):
