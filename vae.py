@@ -13,7 +13,7 @@ and 4x8x8 for the tiny preset. Our reading: all layers, widths and losses.
 
 Causal means that no latent frame sees a later pixel frame: every convolution pads time in front
 only. So the first frame is encoded alone, a picture is a video of one frame, and lengths are
-1 + a multiple of rt.
+1 + a multiple of rt. And latents of any length can be decoded as they come: `VAE.stream`.
 
     python vae.py                                   # built-in `shapes` -> vae.pt, latents.pt
     python vae.py --data my_clips --run runs/mine   # name.mp4 + name.txt (+ name.npy)
@@ -243,9 +243,9 @@ class VAE(nn.Module):
     def decode_next(self, x, caches):
         """One latent frame [b, c, 1, h/rs, w/rs] -> its frames: one if it is the first, then rt.
 
-        caches: a list, empty before the first; then of every convolution over time the last k - 1
-        frames that it read, as a queue: each takes its own from the front and adds the new ones
-        at the end. Nothing else looks back."""
+        caches: a list, empty before the first, and changed here: the last k - 1 input frames of
+        every convolution over time. It is a queue: each takes its own from the front, and puts the
+        new ones at the end. Nothing else in the decoder looks back."""
         is_first = not caches
         for layer in self.decoder:
             if isinstance(layer, ResBlock):
