@@ -491,14 +491,16 @@ def load_dit(path, device, *stages):
 @torch.no_grad()
 def decode(vae, metadata, x0, precision, batch=32):
     """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. metadata: a checkpoint's,
-    or that of `Latents`."""
+    or that of `Latents`. Streamed: the device never holds a long clip."""
     device = next(vae.parameters()).device
     mean = metadata["latent_mean"].view(-1, 1, 1, 1)
     std = metadata["latent_std"].view(-1, 1, 1, 1)
     clips = []
     for part in x0.cpu().split(batch):
+        z = (part * std + mean).to(device)
         with precision():
-            clips.append(vae.decode((part * std + mean).to(device)).float().clamp(-1, 1).cpu())
+            pieces = [frames.float().clamp(-1, 1).cpu() for frames in vae.stream(z)]
+        clips.append(torch.cat(pieces, dim=2))
     return torch.cat(clips)
 
 

@@ -1,14 +1,17 @@
 """To the phone: Core ML packages in half precision, and a proof that needs no Mac.
 
 Stated by the paper: Core ML Tools, half precision, no extra compilation, no special hardware; in
-its second version a tiled GEMM for the FFN. Our reading: three ML programs, float16 throughout,
+its second version a tiled GEMM for the FFN. Our reading: four ML programs, float16 throughout,
 iOS 18, fixed shapes, no tensor of more than five dimensions.
 
-    text_encoder   words [1, m] int32                      -> text [1, m, width]    once per prompt
-    generator      x_t [1, c, t, h, w], t [1], text        -> x0 [1, c, t, h, w]    4 times per clip
-    decoder        x0                                      -> video [1, 3, frames, height, width]
+    package        calls  inputs                            outputs
+    text_encoder   1      words [1, m] int32                text [1, m, width]
+    generator      4      x_t [1, c, t, h, w], t [1], text  x0 [1, c, t, h, w]
+    decoder_first  1      latent [1, c, 1, h, w]            frames [1, 3, 1, height, width], caches
+    decoder        t - 1  latent, caches                    frames [1, 3, rt, height, width], caches
 
-Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise.
+Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
+it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
 manifest.json holds all that it needs: the order of calls, names, shapes, timesteps, vocabulary.
 
 Core ML runs on Apple's systems only. So each saved package is read back from disk and evaluated
@@ -41,7 +44,7 @@ from distill import predict_x0, sample_student, student_times
 from dit import PAD, DiT, FeedForward, load_dit, text_input, words
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
-from vae import VAE, RMSNorm, latent_size, load_vae
+from vae import VAE, ResBlock, RMSNorm, latent_size, load_vae
 
 try:
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of all that only a Mac has
@@ -110,30 +113,36 @@ class Generator(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normalised latents -> a clip in [0, 1]. The latents' mean and std are inside."""
+    """One latent frame of x0, and what the decoder keeps of those before it -> its frames in
+    [0, 1], and what to keep for the next. The first differs in shapes: it has nothing before it,
+    and is one frame. The latents' mean and std are inside."""
 
-    inputs = ["x0"]
-    outputs = ["video"]
-
-    def __init__(self, vae, mean, std):
+    def __init__(self, vae, checkpoint, is_first):
         super().__init__()
         self.vae = vae
-        self.register_buffer("mean", mean.view(-1, 1, 1, 1))
-        self.register_buffer("std", std.view(-1, 1, 1, 1))
+        self.register_buffer("mean", checkpoint["latent_mean"].view(-1, 1, 1, 1))
+        self.register_buffer("std", checkpoint["latent_std"].view(-1, 1, 1, 1))
+        blocks = sum(isinstance(layer, ResBlock) for layer in vae.decoder)
+        caches = [f"cache_{i}" for i in range(blocks)]
+        self.inputs = ["latent"] if is_first else ["latent", *caches]
+        # Core ML Tools refuses an output with the name of an input.
+        self.outputs = ["frames", *(f"next_{name}" for name in caches)]
 
-    def forward(self, x0):
-        video = self.vae.decode(x0 * self.std + self.mean)  # in [-1, 1]
-        return (video / 2 + 0.5).clamp(0, 1)
+    def forward(self, latent, *caches):
+        caches = list(caches)
+        frames = self.vae.decode_next(latent * self.std + self.mean, caches)  # in [-1, 1]
+        return (frames / 2 + 0.5).clamp(0, 1), *caches
 
 
 def programs(dit, vae, checkpoint):
     """-> {package: its module}, in the order of the calls. A module's `inputs` and `outputs` are
     names: an app keeps tensors by name, gives each package those that it asks for, and keeps what
-    comes out."""
+    comes out, next_NAME as NAME."""
     dit.text_encoder.inputs = ["embedding" if dit.config["text_dim"] else "words"]
     dit.text_encoder.outputs = ["text"]
     return {"text_encoder": dit.text_encoder, "generator": Generator(dit),
-            "decoder": Decoder(vae, checkpoint["latent_mean"], checkpoint["latent_std"])}
+            "decoder_first": Decoder(vae, checkpoint, is_first=True),
+            "decoder": Decoder(vae, checkpoint, is_first=False)}
 
 
 def as_list(x):
@@ -144,6 +153,11 @@ def call_module(module, values):
     """values: {name: tensor}, of which the module gets its inputs. -> {name: output}"""
     results = module(*[values[name] for name in module.inputs])
     return dict(zip(module.outputs, as_list(results)))
+
+
+def keep(values, results):
+    for name, x in results.items():
+        values[name.removeprefix("next_")] = x
 
 
 # ------------------------------------------------------------ the conversion
@@ -353,12 +367,14 @@ def describe(args, checkpoint, folder, names):
                      f"padded with {PAD}")
     return dict(
         packages=packages,
-        order="keep tensors by name: give a package those that it asks for, keep what comes out. "
-              "Once text_encoder. Then x0 = 0, and for each t of timesteps: fresh standard normal "
-              "noise, x_t = (1 - t) * x0 + t * noise, and generator. Once decoder",
+        order="keep tensors by name: give a package those that it asks for, keep what comes out, "
+              "next_NAME as NAME. Once text_encoder. Then x0 = 0, and for each t of timesteps: "
+              "fresh standard normal noise, x_t = (1 - t) * x0 + t * noise, and generator. Then "
+              "for each i of x0's third axis: latent = x0[:, :, i:i+1], and decoder_first if i is "
+              "0, else decoder: the next frames of the video",
         timesteps=checkpoint["timesteps"], latent_shape=checkpoint["latent_shape"],
-        latent_note="mean and std are inside the decoder: give it the generator's x0 as it is",
-        video_note="[1, red green blue, frames, height, width], values in [0, 1]",
+        latent_note="mean and std are inside the decoders: give them the generator's x0 as it is",
+        frames_note="[1, red green blue, frames, height, width], values in [0, 1]",
         captions=checkpoint["captions"], precision="float16", ffn_tiles=args.ffn_tiles,
         minimum_deployment_target="iOS 18", **text)
 
@@ -366,12 +382,13 @@ def describe(args, checkpoint, folder, names):
 def export(args, modules, checkpoint, prompts, folder):
     """Converts every program into `folder`, and writes manifest.json beside them."""
     start = time.perf_counter()
-    values = {"t": torch.ones(1), "x_t": torch.randn(1, *checkpoint["latent_shape"])}
+    x_t = torch.randn(1, *checkpoint["latent_shape"])
+    values = {"t": torch.ones(1), "x_t": x_t, "latent": x_t[:, :, :1]}
     values[modules["text_encoder"].inputs[0]] = prompts
     for name, module in modules.items():
         convert(module, values, folder / f"{name}.mlpackage", args.ffn_tiles)
         print(f"{name}: converted after {time.perf_counter() - start:.0f} s", flush=True)
-        values |= call_module(module, values)  # the next one's examples
+        keep(values, call_module(module, values))  # the next one's examples
     manifest = describe(args, checkpoint, folder, modules)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -399,15 +416,19 @@ def sample_packages(manifest, call, prompts, noise_per_step):
 
     def run(name):
         inputs = manifest["packages"][name]["inputs"]
-        values.update(call(name, {key: values[key] for key in inputs}))
+        keep(values, call(name, {key: values[key] for key in inputs}))
 
     run("text_encoder")
     for t, noise in zip(manifest["timesteps"], noise_per_step):
         values["t"] = torch.tensor([t])
         values["x_t"] = (1 - t) * values["x0"] + t * noise
         run("generator")
-    run("decoder")
-    return values["video"]
+    video = []
+    for latent in values["x0"].split(1, dim=2):
+        values["latent"] = latent
+        run("decoder" if video else "decoder_first")
+        video.append(values["frames"])
+    return torch.cat(video, dim=2)
 
 
 def prove(args, dit, vae, checkpoint, prompts, folder):
@@ -439,7 +460,8 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
     noise_per_step = torch.randn(shape, generator=g)
     video = sample_packages(manifest, compared_call, prompts, noise_per_step)
     x0 = sample_student(dit, noise_per_step, prompts)
-    reference = call_module(modules["decoder"], {"x0": x0})["video"]
+    whole = vae.decode(x0 * modules["decoder"].std + modules["decoder"].mean)
+    reference = (whole / 2 + 0.5).clamp(0, 1)
     psnr = -10 * (video - reference).square().mean().log10().item()
 
     metrics = {}

@@ -13,7 +13,7 @@ and 4x8x8 for the tiny preset. Our reading: all layers, widths and losses.
 
 Causal means that no latent frame sees a later pixel frame: every convolution pads time in front
 only. So the first frame is encoded alone, a picture is a video of one frame, and lengths are
-1 + a multiple of rt.
+1 + a multiple of rt. And latents of any length can be decoded as they come: `VAE.stream`.
 
     python vae.py                                   # built-in `shapes` -> vae.pt, latents.pt
     python vae.py --data my_clips --run runs/mine   # name.mp4 + name.txt (+ name.npy)
@@ -93,15 +93,19 @@ class RMSNorm(nn.Module):
 class CausalConv3d(nn.Conv3d):
     """A convolution of [b, c, t, h, w] whose output frame t sees input frames <= t * stride: the
     first frame is repeated in front instead of padding at both ends. kernel: (time, height, width),
-    odd."""
+    odd. A clip may come in pieces: see `VAE.decode_next`."""
 
     def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(c_in, c_out, kernel, stride=stride, padding=padding)
 
-    def forward(self, x):
-        first_frames = [x[:, :, :1]] * (self.kernel_size[0] - 1)
-        return super().forward(torch.cat([*first_frames, x], dim=2))
+    def forward(self, x, caches=None, is_first=True):
+        k = self.kernel_size[0]
+        frames_before = [x[:, :, :1]] * (k - 1) if is_first else [caches.pop(0)]
+        x = torch.cat([*frames_before, x], dim=2)
+        if caches is not None:
+            caches.append(x[:, :, 1 - k:].clone())  # a view would keep all of x alive
+        return super().forward(x)
 
 
 class ResBlock(nn.Module):
@@ -115,9 +119,10 @@ class ResBlock(nn.Module):
         self.norm2 = RMSNorm(channels, axis=1)
         self.conv2 = CausalConv3d(channels, channels, (3, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x, caches=None, is_first=True):
         hidden = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(hidden)))
+        hidden = F.silu(self.norm2(hidden))
+        return x + self.conv2(hidden, caches, is_first)
 
 
 def match_channels(x, channels):
@@ -157,11 +162,11 @@ class Upsample(nn.Module):
         self.stride = stride
         self.conv = CausalConv3d(c_in, c_out * math.prod(stride), (1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x, is_first=True):
         st, sh, sw = self.stride
         x = self.conv(x) + match_channels(x, self.conv.out_channels)
         x = rearrange(x, "b (st sh sw c) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
-        return x[:, :, st - 1:]
+        return x[:, :, st - 1:] if is_first else x
 
 
 class VAE(nn.Module):
@@ -229,9 +234,35 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """[b, c, 1 + k, h/rs, w/rs] -> [b, 3, 1 + k*rt, h, w]."""
+        return self.to_pixels(self.run_layers(self.decoder, z))
+
+    def to_pixels(self, x):
         p = self.patch
-        x = self.run_layers(self.decoder, z)
         return rearrange(x, "b (c ph pw) t h w -> b c t (h ph) (w pw)", ph=p, pw=p)
+
+    def decode_next(self, x, caches):
+        """One latent frame [b, c, 1, h/rs, w/rs] -> its frames: one if it is the first, then rt.
+
+        caches: a list, empty before the first, and changed here: the last k - 1 input frames of
+        every convolution over time. It is a queue: each takes its own from the front, and puts the
+        new ones at the end. Nothing else in the decoder looks back."""
+        is_first = not caches
+        for layer in self.decoder:
+            if isinstance(layer, ResBlock):
+                x = layer(x, caches, is_first)
+            elif isinstance(layer, Upsample):
+                x = layer(x, is_first)
+            else:
+                x = layer(x)
+        return self.to_pixels(x)
+
+    @torch.no_grad()
+    def stream(self, z):
+        """As `decode`, but yields the frames of one latent frame after the other: memory does not
+        grow with the length of z."""
+        caches = []
+        for latent in z.split(1, dim=2):
+            yield self.decode_next(latent, caches)
 
 
 def latent_size(clip_size, ratio):

@@ -1,13 +1,17 @@
 """What tokens, parameters and precision cost on this machine: what docs/performance.md measures.
+And what a clip costs on the phone, package by package, for docs/coreml.md.
 
     python tests/bench_cost.py ratios   # one evaluation of the mobile DiT, for four VAE ratios
     python tests/bench_cost.py curves   # a training step against tokens, and against parameters
     python tests/bench_cost.py steps    # training steps: width 512 in both precisions, preset tiny
+    python tests/bench_cost.py phone    # reads runs/mobile/coreml, by `export_coreml.py --preset
+                                        # mobile --random-weights`; --coreml takes another folder
 
 Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single
 run). Shares are of this machine's own rate for a 4096x4096 matrix product, measured in turn.
 """
 import argparse
+import json
 import math
 import sys
 import time
@@ -20,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Optimizer, count_parameters, set_up, size  # noqa: E402
 from dit import PRESETS, DiT, flow_loss, forward_flops, planned_config  # noqa: E402
+from export_coreml import as_list, read_program, schedule, tensor_bytes  # noqa: E402
 from prune import PRESETS as PRUNE_PRESETS  # noqa: E402
 
 PRODUCT_FLOPS = 2 * 4096 ** 3
@@ -143,14 +148,57 @@ def steps(device, precision, rounds):
         print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s per training step")
 
 
+def op_flops(op):
+    if op.op_type == "linear":
+        return 2 * math.prod(op.outputs[0].shape) * op.weight.shape[1]
+    if op.op_type == "conv":
+        return 2 * math.prod(op.outputs[0].shape) * math.prod(op.weight.shape[1:])
+    if op.op_type == "scaled_dot_product_attention":
+        scores = math.prod(op.query.shape[:-1]) * op.key.shape[-2]
+        return 2 * scores * (op.query.shape[-1] + op.value.shape[-1])
+    return 0
+
+
+def op_bytes(op):
+    """Its tensors, weights too, each read or written once."""
+    moved = list(op.outputs)
+    for x in op.inputs.values():
+        moved += as_list(x)
+    return sum(tensor_bytes(var) for var in moved if var is not None and var.shape)
+
+
+def phone(folder):
+    """What each package computes and moves for a clip; and the seconds, were it as fast as a step
+    of the generator in the paper: in FLOP/s, and in bytes/s."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    calls = dict(text_encoder=1, generator=len(manifest["timesteps"]), decoder_first=1,
+                 decoder=manifest["latent_shape"][1] - 1)
+    flops = {}
+    moved = {}
+    for name in calls:
+        ops = [op for op, _ in schedule(read_program(folder / f"{name}.mlpackage"))]
+        flops[name] = sum(op_flops(op) for op in ops)
+        moved[name] = sum(op_bytes(op) for op in ops)
+    for name, n in calls.items():
+        by_flops = n * 0.380 * flops[name] / flops["generator"]
+        by_bytes = n * 0.380 * moved[name] / moved["generator"]
+        print(f"{name}: {n} x {flops[name] / 1e12:.4f} TFLOP, {moved[name] / 1e9:.3f} GB; together "
+              f"{n * flops[name] / 1e12:.3f} TFLOP, {n * moved[name] / 1e9:.2f} GB; "
+              f"{by_flops:.3f} s by FLOPs, {by_bytes:.3f} s by bytes")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["ratios", "curves", "steps"])
+    p.add_argument("what", choices=["ratios", "curves", "steps", "phone"])
+    p.add_argument("--coreml", type=Path, default=Path("runs/mobile/coreml"))
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=5)
     args = p.parse_args()
+    if args.what == "phone":
+        phone(args.coreml)
+        return
     device, precision = set_up(args)
     torch.manual_seed(0)
     measure = {"ratios": ratios, "curves": curves, "steps": steps}[args.what]

@@ -59,7 +59,7 @@ def refusal(capsys, *flags):
 
 def test_the_packages_compute_what_pytorch_computes_in_five_dimensions(exported):
     figures = json.loads((exported / "metrics.json").read_text())["export"]
-    assert list(figures) == ["text_encoder", "generator", "decoder"]
+    assert list(figures) == ["text_encoder", "generator", "decoder_first", "decoder"]
     for one in figures.values():
         assert one["max_rank"] <= 5
         assert one["parity_max_abs"] < 0.05
@@ -86,7 +86,8 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
         program = read_program(exported / folder / about["file"])
         results = evaluate(program, {key: tensors[key] for key in about["inputs"]})
         assert list(results) == list(about["outputs"])
-        tensors.update(results)
+        for key, x in results.items():
+            tensors[key.removeprefix("next_")] = x
 
     run("text_encoder")
     g = torch.Generator().manual_seed(0)
@@ -95,15 +96,43 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
         tensors["t"] = torch.tensor([t])
         tensors["x_t"] = (1 - t) * tensors["x0"] + t * noise
         run("generator")
-    run("decoder")
+    video = []
+    for i in range(shape[2]):
+        tensors["latent"] = tensors["x0"][:, :, i:i + 1]
+        run("decoder" if i else "decoder_first")
+        video.append(tensors["frames"])
+    assert [frames.shape[2] for frames in video] == [1, 4]
 
     student, metadata = dit.load_dit(exported / "student.pt", "cpu", "student")
     tokens = dit.text_input(metadata, ["a red circle moving left"])
     x0 = sample_student(student, noise_per_step, tokens)
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
     clip = dit.decode(autoencoder, metadata, x0, torch.no_grad)
-    mse = (tensors["video"] - (clip / 2 + 0.5)).square().mean()
+    mse = (torch.cat(video, dim=2) - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
+
+
+def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(tmp_path):
+    torch.manual_seed(0)
+    model = vae.VAE((2, 8, 8), latent_channels=4, width=8, res_blocks=1, patch=4)
+    scale = dict(latent_mean=torch.randn(4), latent_std=torch.rand(4) + 0.5)
+    x0 = torch.randn(1, 4, 4, 2, 2)
+    tensors = {}
+    video = []
+    for i, latent in enumerate(x0.split(1, dim=2)):
+        tensors["latent"] = latent
+        if i < 2:  # the first, and the one for all others
+            module = export_coreml.Decoder(model, scale, is_first=i == 0)
+            path = tmp_path / f"{i}.mlpackage"
+            convert(module, tensors, path)
+            program = read_program(path)
+        results = evaluate(program, {name: tensors[name] for name in module.inputs})
+        video.append(results.pop("frames"))
+        tensors |= {name.removeprefix("next_"): x for name, x in results.items()}
+    z = x0 * scale["latent_std"].view(4, 1, 1, 1) + scale["latent_mean"].view(4, 1, 1, 1)
+    clip = (model.decode(z) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.cat(video, dim=2), clip, atol=5e-3, rtol=0)
+    assert clip.std() > 0.05
 
 
 def test_what_the_evaluator_does_not_know_is_not_written(exported, tmp_path, monkeypatch, capsys):
@@ -247,7 +276,8 @@ def test_a_stop_while_replacing_leaves_none_that_looks_finished(exported, tmp_pa
     (out / "unfinished").mkdir()  # as SIGKILL would leave it
     export_coreml.main(command)
     assert sorted(path.name for path in out.iterdir()) == [
-        "decoder.mlpackage", "generator.mlpackage", "manifest.json", "text_encoder.mlpackage"]
+        "decoder.mlpackage", "decoder_first.mlpackage", "generator.mlpackage", "manifest.json",
+        "text_encoder.mlpackage"]
 
 
 BAD = [  # what a person may type, and a word of the answer

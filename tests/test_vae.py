@@ -68,6 +68,27 @@ def test_every_preset_is_a_network_that_can_be_built(preset):
     assert mean.shape == (1, p["latent_channels"], 1, 1, 1)
 
 
+@pytest.mark.parametrize("ratio", [(1, 8, 8), (4, 8, 8), (8, 32, 32), (8, 64, 64)], ids=str)
+def test_decoding_latent_frame_by_latent_frame_equals_decoding_at_once(ratio):
+    model = small_vae(ratio)
+    z = torch.randn(2, 8, 4, 2, 1)
+    pieces = list(model.stream(z))
+    assert [frames.shape[2] for frames in pieces] == [1] + [ratio[0]] * 3
+    torch.testing.assert_close(torch.cat(pieces, dim=2), model.decode(z), atol=1e-5, rtol=0)
+
+
+def test_a_stream_keeps_as_much_after_many_frames_as_after_one():
+    model = small_vae((4, 8, 8))
+    caches = []
+    kept = []
+    with torch.no_grad():
+        for _ in range(4):
+            model.decode_next(torch.randn(1, 8, 1, 2, 2), caches)
+            kept.append([x.untyped_storage().nbytes() for x in caches])
+    assert kept[1:] == kept[:-1]
+    assert kept[0] == [4 * 2 * x.shape[1] * x.shape[3] * x.shape[4] for x in caches]  # two frames
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model = small_vae((4, 8, 8))
     x = torch.randn(1, 3, 5, 16, 16)
