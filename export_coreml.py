@@ -1,14 +1,15 @@
 """To the phone: Core ML packages in half precision, and a proof that needs no Mac.
 
 Stated by the paper: Core ML Tools, half precision, no extra compilation, no special hardware; in
-its second version a tiled GEMM for the FFN. Our reading: four ML programs, float16 throughout,
-iOS 18, fixed shapes, no tensor of more than five dimensions.
+its second version a tiled GEMM for the FFN. Our reading: four or five ML programs, float16
+throughout, iOS 18, fixed shapes, no tensor of more than five dimensions.
 
     package        calls  inputs                            outputs
     text_encoder   1      words [1, m] int32                text [1, m, width]
-    generator      4      x_t [1, c, t, h, w], t [1], text  x0 [1, c, t, h, w]
+    generator      4      x_t [1, c, t, h, w], t, text      x0 [1, c, t, h, w]
     decoder_first  1      latent [1, c, 1, h, w]            frames [1, 3, 1, height, width], caches
     decoder        t - 1  latent, caches                    frames [1, 3, rt, height, width], caches
+    image_encoder  0, 1   image [1, 3, 1, height, width]    picture [1, c, 1, h, w]
 
 Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
 it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
@@ -41,7 +42,7 @@ from torch import nn
 
 from common import add_file, fail, make_parser, positive, reading, record_metrics, run_script, size
 from distill import predict_x0, sample_student, student_times
-from dit import PAD, DiT, FeedForward, load_dit, text_input, words
+from dit import PAD, DiT, FeedForward, add_noise, load_dit, start_of, text_input, words
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, ResBlock, RMSNorm, latent_size, load_vae
@@ -112,6 +113,23 @@ class Generator(nn.Module):
         return predict_x0(self.dit, x_t, t, text)
 
 
+class ImageEncoder(nn.Module):
+    """A picture in [0, 1] -> its latent frame, normalised: where x0 starts, for image-to-video."""
+
+    inputs = ["image"]
+    outputs = ["picture"]
+
+    def __init__(self, vae, checkpoint):
+        super().__init__()
+        self.vae = vae
+        self.register_buffer("mean", checkpoint["latent_mean"].view(-1, 1, 1, 1))
+        self.register_buffer("std", checkpoint["latent_std"].view(-1, 1, 1, 1))
+
+    def forward(self, image):
+        latent, _ = self.vae.encode(image * 2 - 1)
+        return (latent - self.mean) / self.std
+
+
 class Decoder(nn.Module):
     """One latent frame of x0, and what the decoder keeps of those before it -> its frames in
     [0, 1], and what to keep for the next. The first differs in shapes: it has nothing before it,
@@ -140,9 +158,12 @@ def programs(dit, vae, checkpoint):
     comes out, next_NAME as NAME."""
     dit.text_encoder.inputs = ["embedding" if dit.config["text_dim"] else "words"]
     dit.text_encoder.outputs = ["text"]
-    return {"text_encoder": dit.text_encoder, "generator": Generator(dit),
-            "decoder_first": Decoder(vae, checkpoint, is_first=True),
-            "decoder": Decoder(vae, checkpoint, is_first=False)}
+    modules = {"text_encoder": dit.text_encoder, "generator": Generator(dit),
+               "decoder_first": Decoder(vae, checkpoint, is_first=True),
+               "decoder": Decoder(vae, checkpoint, is_first=False)}
+    if checkpoint["settings"]["image_share"]:
+        modules["image_encoder"] = ImageEncoder(vae, checkpoint)
+    return modules
 
 
 def as_list(x):
@@ -368,13 +389,15 @@ def describe(args, checkpoint, folder, names):
     return dict(
         packages=packages,
         order="keep tensors by name: give a package those that it asks for, keep what comes out, "
-              "next_NAME as NAME. Once text_encoder. Then x0 = 0, and for each t of timesteps: "
-              "fresh standard normal noise, x_t = (1 - t) * x0 + t * noise, and generator. Then "
+              "next_NAME as NAME. Once text_encoder. Then x0 = 0, and for each level of timesteps: "
+              "t = level for every latent frame, fresh standard normal noise, x_t = (1 - t) * x0 "
+              "+ t * noise, and generator. To go on from an image, image_encoder first: picture is "
+              "x0's first latent frame from the start, and t there always 0. Then "
               "for each i of x0's third axis: latent = x0[:, :, i:i+1], and decoder_first if i is "
               "0, else decoder: the next frames of the video",
         timesteps=checkpoint["timesteps"], latent_shape=checkpoint["latent_shape"],
         latent_note="mean and std are inside the decoders: give them the generator's x0 as it is",
-        frames_note="[1, red green blue, frames, height, width], values in [0, 1]",
+        frames_note="and image: [1, red green blue, frames, height, width], values in [0, 1]",
         captions=checkpoint["captions"], precision="float16", ffn_tiles=args.ffn_tiles,
         minimum_deployment_target="iOS 18", **text)
 
@@ -383,8 +406,10 @@ def export(args, modules, checkpoint, prompts, folder):
     """Converts every program into `folder`, and writes manifest.json beside them."""
     start = time.perf_counter()
     x_t = torch.randn(1, *checkpoint["latent_shape"])
-    values = {"t": torch.ones(1), "x_t": x_t, "latent": x_t[:, :, :1]}
+    values = {"t": torch.ones(1, x_t.shape[2]), "x_t": x_t, "latent": x_t[:, :, :1]}
     values[modules["text_encoder"].inputs[0]] = prompts
+    height, width = [n * modules["decoder"].vae.config["ratio"][1] for n in x_t.shape[3:]]
+    values["image"] = torch.zeros(1, 3, 1, height, width)
     for name, module in modules.items():
         convert(module, values, folder / f"{name}.mlpackage", args.ffn_tiles)
         print(f"{name}: converted after {time.perf_counter() - start:.0f} s", flush=True)
@@ -406,11 +431,12 @@ def publish(folder, out):
 # ------------------------------------------------------------ the proof
 
 
-def sample_packages(manifest, call, prompts, noise_per_step):
+def sample_packages(manifest, call, prompts, noise_per_step, image=None):
     """The loop of an app, from a manifest and call(package, {name: tensor}) -> {name: tensor}
-    alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]. -> the
-    video [1, 3, frames, height, width] in [0, 1]"""
-    values = {"x0": torch.zeros_like(noise_per_step[0])}
+    alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]; image:
+    None, or [1, 3, 1, height, width] in [0, 1]. -> the video [1, 3, frames, height, width] in
+    [0, 1]"""
+    values = {"image": image, "picture": None}
     for name in manifest["packages"]["text_encoder"]["inputs"]:
         values[name] = prompts
 
@@ -419,9 +445,12 @@ def sample_packages(manifest, call, prompts, noise_per_step):
         keep(values, call(name, {key: values[key] for key in inputs}))
 
     run("text_encoder")
-    for t, noise in zip(manifest["timesteps"], noise_per_step):
-        values["t"] = torch.tensor([t])
-        values["x_t"] = (1 - t) * values["x0"] + t * noise
+    if image is not None:
+        run("image_encoder")
+    values["x0"], share = start_of(noise_per_step[0], values["picture"])
+    for level, noise in zip(manifest["timesteps"], noise_per_step):
+        values["t"] = level * share
+        values["x_t"] = add_noise(values["x0"], noise, values["t"])
         run("generator")
     video = []
     for latent in values["x0"].split(1, dim=2):
@@ -458,8 +487,13 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
     g = torch.Generator().manual_seed(args.seed)
     shape = len(manifest["timesteps"]), 1, *checkpoint["latent_shape"]
     noise_per_step = torch.randn(shape, generator=g)
-    video = sample_packages(manifest, compared_call, prompts, noise_per_step)
-    x0 = sample_student(dit, noise_per_step, prompts)
+    image = None
+    picture = None
+    if "image_encoder" in saved:
+        image = torch.rand(saved["image_encoder"].inputs["image"].shape, generator=g)
+        picture = modules["image_encoder"](image)
+    video = sample_packages(manifest, compared_call, prompts, noise_per_step, image)
+    x0 = sample_student(dit, noise_per_step, prompts, picture)
     whole = vae.decode(x0 * modules["decoder"].std + modules["decoder"].mean)
     reference = (whole / 2 + 0.5).clamp(0, 1)
     psnr = -10 * (video - reference).square().mean().log10().item()
@@ -504,7 +538,7 @@ def random_student(preset, seed):
         latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
         latent_mean=torch.zeros(channels), latent_std=torch.ones(channels),
         vocabulary=["<pad>", *words(caption)], text_tokens=5, embeddings=None,
-        captions=[caption], timesteps=student_times(4).tolist())
+        captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.2))
     return dit.eval().requires_grad_(False), checkpoint, vae.eval().requires_grad_(False)
 
 

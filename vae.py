@@ -32,7 +32,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -129,7 +129,8 @@ def match_channels(x, channels):
     """[b, c, t, h, w]: averages groups of channels, or repeats them all, until there are `channels`
     of them. One number must divide the other."""
     if x.shape[1] > channels:
-        return reduce(x, "b (group c) t h w -> b c t h w", "mean", c=channels)
+        groups = x.split(channels, dim=1)
+        return sum(groups) / len(groups)
     return torch.cat([x] * (channels // x.shape[1]), dim=1)
 
 

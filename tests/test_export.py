@@ -27,9 +27,13 @@ def no_grad():
 
 @pytest.fixture(scope="session")
 def exported(micro_run):
-    """The run with its packages, and a second export with the FFN in tiles."""
-    tiles = ["--out", str(micro_run / "tiles"), "--ffn-tiles", "3"]
-    export_coreml.main(["--run", str(micro_run), *tiles])
+    """The run with its packages, and a second export, for pictures too and with the FFN in
+    tiles."""
+    student = torch.load(micro_run / "student.pt", weights_only=True)
+    student["settings"]["image_share"] = 0.2
+    common.save(micro_run / "images.pt", **student)
+    export_coreml.main(["--run", str(micro_run), "--model", str(micro_run / "images.pt"),
+                        "--out", str(micro_run / "tiles"), "--ffn-tiles", "3"])
     export_coreml.main(["--run", str(micro_run)])
     return micro_run
 
@@ -69,8 +73,9 @@ def test_the_packages_compute_what_pytorch_computes_in_five_dimensions(exported)
     assert figures["decoder"]["video_psnr_db"] > 40
 
 
-@pytest.mark.parametrize("folder", ["coreml", "tiles"])
-def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, folder):
+@pytest.mark.parametrize("folder, with_image", [("coreml", False), ("tiles", False),
+                                                ("tiles", True)])
+def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, folder, with_image):
     manifest = json.loads((exported / folder / "manifest.json").read_text())
     shape = [1, *manifest["latent_shape"]]
     prompt = "A red circle, moving LEFT sideways"
@@ -92,8 +97,15 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     run("text_encoder")
     g = torch.Generator().manual_seed(0)
     noise_per_step = torch.randn(len(manifest["timesteps"]), *shape, generator=g)
-    for t, noise in zip(manifest["timesteps"], noise_per_step):
-        tensors["t"] = torch.tensor([t])
+    if with_image:
+        tensors["image"] = torch.rand(1, 3, 1, 16, 16)
+        run("image_encoder")
+        tensors["x0"][:, :, :1] = tensors["picture"]
+    for level, noise in zip(manifest["timesteps"], noise_per_step):
+        tensors["t"] = torch.full((1, shape[2]), level)
+        if with_image:
+            tensors["t"][0, 0] = 0
+        t = tensors["t"].view(1, 1, -1, 1, 1)
         tensors["x_t"] = (1 - t) * tensors["x0"] + t * noise
         run("generator")
     video = []
@@ -105,8 +117,11 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
 
     student, metadata = dit.load_dit(exported / "student.pt", "cpu", "student")
     tokens = dit.text_input(metadata, ["a red circle moving left"])
-    x0 = sample_student(student, noise_per_step, tokens)
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
+    picture = None
+    if with_image:
+        picture = dit.encode(autoencoder, metadata, tensors["image"] * 2 - 1, torch.no_grad)
+    x0 = sample_student(student, noise_per_step, tokens, picture)
     clip = dit.decode(autoencoder, metadata, x0, torch.no_grad)
     mse = (torch.cat(video, dim=2) - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
