@@ -28,7 +28,6 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -435,6 +434,8 @@ CONTAINERS = {"protocol_whitelist": "file",
 
 def read_video(path, height, width):
     """-> [t, 3, height, width] uint8: every frame scaled to cover that, then centre-cropped."""
+    import av  # here, since rendered clips do not need it
+
     frames = []
     with av.open(path, options=CONTAINERS) as container:
         for frame in container.decode(video=0):
