@@ -238,6 +238,11 @@ def average(tensors, batch_size):
             dist.all_reduce(x.mul_(weight))
 
 
+def wait_for_all():
+    if WORLD > 1:
+        dist.barrier()
+
+
 def average_gradients(parameters, batch_size):
     average([p.grad for p in parameters if p.grad is not None], batch_size)
 

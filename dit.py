@@ -423,6 +423,7 @@ class Latents:
     them. The latents stay on disk: what is not asked for is not in memory."""
 
     def __init__(self, path):
+        self.path = path
         self.checkpoint = load(path, "latents")
         with reading(path):
             self.latents = self.checkpoint["latents"]  # [n, c, t, h, w]

@@ -509,14 +509,11 @@ def img_tag(kind, encoded, alt):
 
 
 def input_clips(data, indices):
-    """The clips of the data set behind these latents; None if it has gone or changed."""
-    made = data.checkpoint["settings"]
-    if made["data"] != "shapes" and not Path(made["data"]).is_dir():
+    """The clips of the data set behind these latents; None if windows.pt has gone."""
+    windows = data.path.with_name("windows.pt")
+    if not (data.on_shapes or windows.exists()):
         return None
-    source = open_data(made["data"], made["size"], made["clips"], made["stride"], made["seed"])
-    if source.captions != data.captions + data.test_captions:
-        return None
-    return source.clip(indices)
+    return open_data(data.checkpoint["settings"], windows).clip(indices)
 
 
 def side_by_side(args, data, vae, models, captions, precision):

@@ -16,16 +16,19 @@ only. So the first frame is encoded alone, a picture is a video of one frame, an
 1 + a multiple of rt. And latents of any length can be decoded as they come: `VAE.stream`.
 
     python vae.py                                   # built-in `shapes` -> vae.pt, latents.pt
-    python vae.py --data my_clips --run runs/mine   # name.mp4 + name.txt (+ name.npy)
+    python vae.py --data my_clips --run runs/mine   # a folder of clips with captions
 
 Reading order: the model, the loss, the data (rendered clips, then filmed ones), the training.
 """
 import copy
+import csv
+import json
 import math
 import os
 import re
-import tempfile
+import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +39,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from common import (FIRST, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, average_weights, checksum, count_parameters, fail, finish,
-                    load, make_parser, micro_batches, number, positive, print_memory, progress,
-                    reading, run_script, save, say, set_up, settings_of, size, step_generator,
-                    stop_if_done, warmup_cosine)
+                    average_gradients, average_weights, check_settings, checksum, count_parameters,
+                    fail, finish, load, make_parser, micro_batches, number, positive, print_memory,
+                    progress, reading, run_script, save, say, set_up, settings_of, size,
+                    step_generator, stop_if_done, wait_for_all, warmup_cosine)
 
 PRESETS = {
     "tiny": dict(
@@ -403,15 +406,61 @@ class Shapes:
 
 # ------------------------------------------------------------ the data: a folder
 
+# A clip folder may come from anywhere: no playlist in it may open other files, or the network.
+CONTAINERS = {"protocol_whitelist": "file",
+              "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg"}
+BESIDE = (".txt", ".npy", ".md", ".csv", ".json", ".jsonl")  # what lies beside clips
 
-def read_caption(path):
-    text = path.with_suffix(".txt")
-    if not (path.is_file() and text.is_file()):  # not a pipe, which would block
-        raise ValueError(f"a clip is a file with its caption beside it in {text.name}")
-    caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-    if not 0 < len(re.findall(r"\w+", caption)) <= 512:
-        raise ValueError("a caption takes 1 to 512 words")
-    return caption
+
+def files_below(folder):
+    """All files of a folder and its folders, in order, but for hidden ones."""
+    paths = sorted(Path(folder).rglob("*"))
+    return [path for path in paths if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def read_table(table):
+    """metadata.csv or metadata.jsonl -> [(path, caption)]"""
+    with reading(table), open(table, encoding="utf-8-sig", newline="") as file:
+        if table.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = [dict(json.loads(line)) for line in file]
+    if not rows or not all({"file_name", "text"} <= row.keys() for row in rows):
+        fail(f"{table} needs the columns file_name and text")
+    return [(table.parent / str(row["file_name"]), row["text"]) for row in rows]
+
+
+def find_clips(folder, skipped):
+    """-> the layout, and {path: caption, or the file that holds it}. The layout is that of the Hub,
+    metadata.csv or metadata.jsonl; or name.txt beside each clip; or class folders, whose names are
+    captions. `skipped` gets a line for each clip without a caption, and the other way round."""
+    files = files_below(folder)
+    clips = [path for path in files if path.suffix.lower() not in BESIDE]
+    captions = {}
+    tables = [path for path in files if path.name in ("metadata.csv", "metadata.jsonl")]
+    if tables:
+        layout = "metadata"
+        for table in tables:
+            for path, caption in read_table(table):
+                if path not in clips:  # nor is an absolute path, or one with ..
+                    skipped.append(f"{path}: a row of {table}, but no clip in this folder")
+                elif path in captions:
+                    skipped.append(f"{path}: a second caption")
+                else:
+                    captions[path] = str(caption)
+    elif any(path.suffix == ".txt" for path in files):
+        layout = ".txt files"
+        captions = {path: path.with_suffix(".txt") for path in clips
+                    if path.with_suffix(".txt") in files}
+    else:
+        layout = "class folders"
+        for path in clips:  # ApplyEyeMakeup, brush_hair
+            if path.parent != Path(folder):
+                spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_-]", " ", path.parent.name)
+                captions[path] = spaced.lower()
+    skipped += [f"{path}: no caption" for path in clips if path not in captions]
+    return layout, captions
 
 
 def read_embedding(path):
@@ -427,128 +476,255 @@ def read_embedding(path):
     return torch.from_numpy(array)
 
 
-# A clip folder may come from anywhere: no playlist in it may open other files, or the network.
-CONTAINERS = {"protocol_whitelist": "file",
-              "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg"}
-
-
-def read_video(path, height, width):
-    """-> [t, 3, height, width] uint8: every frame scaled to cover that, then centre-cropped."""
+def look_at(path, caption, least):
+    """-> of a clip: path, caption, number of frames, seconds, embedding. Decodes nothing. Raises
+    where it cannot be used, as with fewer frames than `least`."""
     import av  # here, since rendered clips do not need it
 
-    frames = []
-    with av.open(path, options=CONTAINERS) as container:
-        for frame in container.decode(video=0):
-            scale = max(height / frame.height, width / frame.width)
-            h = max(height, round(frame.height * scale))
-            w = max(width, round(frame.width * scale))
-            image = frame.reformat(w, h, "rgb24", interpolation="AREA").to_ndarray()
-            top = (h - height) // 2
-            left = (w - width) // 2
-            frames.append(image[top:top + height, left:left + width])
-    return rearrange(np.stack(frames), "t h w rgb -> t rgb h w")
+    if isinstance(caption, Path):
+        caption = caption.read_text(encoding="utf-8-sig")
+    caption = " ".join(caption.split())
+    if not 0 < len(re.findall(r"\w+", caption)) <= 512:
+        raise ValueError("a caption takes 1 to 512 words")
+    with av.open(f"file:{path}", options=CONTAINERS) as container:
+        stream = container.streams.video[0]
+        frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    if frames < least:
+        raise ValueError(f"{frames} frames, where {least} are the least")
+    return path, caption, frames, frames / float(stream.average_rate), read_embedding(path)
 
 
-def split_windows(frames, span):
-    """First frames of the windows of `span` frames to train on, and of those to test on: the last
-    tenth of the clip (at least one window). No frame is in both."""
-    test_start = frames - max(span, frames // 10)
-    return list(range(test_start - span + 1)), list(range(test_start, frames - span + 1))
+def upright(frame, scaler, height, width):
+    """A decoded frame -> [3, height, width] uint8: scaled to cover that and centre-cropped."""
+    turns = round(frame.rotation / 90)  # a phone films lying, and notes how it was held
+    if turns % 2:
+        height, width = width, height
+    scale = max(height / frame.height, width / frame.width)
+    h = max(height, round(frame.height * scale))
+    w = max(width, round(frame.width * scale))
+    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA", threads=1).to_ndarray()
+    top = (h - height) // 2
+    left = (w - width) // 2
+    image = np.rot90(image[top:top + height, left:left + width], turns)
+    return rearrange(image, "h w rgb -> rgb h w")
 
 
-def thin_out(windows, most):
-    """At most so many of them, evenly spread."""
-    kept = np.linspace(0, len(windows) - 1, min(most, len(windows)))
-    return [windows[i] for i in kept.round().astype(int)]
+def read_frames(path, places, height, width, far=250):
+    """Yields frames of a film, [3, height, width] uint8. places: which, rising. One that is far
+    behind the last is sought, and what follows begins at the keyframe before it, since all from
+    there must be decoded anyway. Raises ValueError where the film ends too early."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    with av.open(f"file:{path}", options=CONTAINERS) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # it is clips that are read in parallel
+        can_seek = container.format.name.startswith(("mov", "matroska"))
+        per_tick = float(stream.average_rate * stream.time_base)  # frames
+        start = stream.start_time or 0
+        scaler = VideoReformatter()
+        frames = container.decode(stream)
+        frame = None
+        position = -1
+        shift = 0
+        previous = 0
+        for place in places:
+            if can_seek and place > previous + far:
+                container.seek(start + int(place / per_tick), stream=stream)
+                frames = container.decode(stream)
+                frame = next(frames)
+                keyframe = round((frame.pts - start) * per_tick)
+                shift = place - keyframe if keyframe > position else 0  # never back into windows
+                position = keyframe
+            while position < place - shift:
+                frame = next(frames, None)
+                if frame is None:
+                    raise ValueError(f"it ends before frame {place}")
+                position = round((frame.pts - start) * per_tick)
+            yield upright(frame, scaler, height, width)
+            previous = place
+
+
+def read_clip(path, windows, stride, pixels, done):
+    """Decodes the windows of one clip, {window: first frame}, into pixels [windows, t, 3, h, w]."""
+    if done[list(windows)].all():
+        return
+    _, t, _, h, w = pixels.shape
+    wanted = {}  # frame -> its places in `pixels`
+    for window, first in windows.items():
+        for k in range(t):
+            wanted.setdefault(first + k * stride, []).append((window, k))
+    images = read_frames(path, sorted(wanted), h, w)
+    for frame, image in zip(sorted(wanted), images):
+        for place in wanted[frame]:
+            pixels[place] = image
+    done[list(windows)] = 1
+
+
+def in_parallel(function, items, skipped, what):
+    """-> function(*item) of all items, by several threads; `skipped` gets a line for each item with
+    which it raises."""
+    def attempt(item):
+        try:
+            return function(*item), None
+        except Exception as error:  # PyAV raises dozens of kinds
+            return None, f"{item[0]}: {error}"
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        results = list(progress(pool.map(attempt, items), desc=what, total=len(items)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    skipped += [error for _, error in results if error]
+    return [result for result, error in results if not error]
+
+
+def spread(counts, firsts, most):
+    """At most so many of all windows, evenly spread, without a list of them all. counts: windows of
+    each clip; firsts: the first frame of its first one. -> [n, 2]: clip, first frame"""
+    ends = counts.cumsum()
+    places = np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(int)
+    clips = np.searchsorted(ends, places, side="right")
+    return np.stack([clips, places - (ends - counts)[clips] + firsts[clips]], axis=1)
+
+
+def choose_windows(captions, frames, span, most):
+    """Windows of `span` frames to train on, at most so many, and to test on, [n, 2] each: clip,
+    first frame. Of 20 clips or more every twentieth is held out; of fewer, the last tenth of each.
+    captions, frames: of all clips. A caption that is not trained on is no test."""
+    windows = frames - span + 1
+    start = np.zeros_like(frames)
+    most_tests = min(TEST_CLIPS, max(1, most // 10))
+    if len(frames) >= 20:
+        is_test = np.arange(len(frames)) % 20 == 10
+        train = spread(np.where(is_test, 0, windows), start, most)
+        test = spread(np.where(is_test, windows, 0), start, most_tests)
+    else:
+        test_start = frames - np.maximum(span, frames // 10)
+        train = spread(test_start - span + 1, start, most)
+        test = spread(windows - test_start, test_start, most_tests)
+    trained = {captions[clip] for clip in train[:, 0]}
+    return train, test[[captions[clip] in trained for clip in test[:, 0]]]
+
+
+def map_store(path, shape):
+    """-> pixels uint8 `shape`, and which of its windows are done: one file, mapped."""
+    size = math.prod(shape)
+    store = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=(size + shape[0],)))
+    return store[:size].view(shape), store[size:]
+
+
+def allocate(path, size):
+    """Makes a file of so many bytes. A full disk shows now, not as a crash while it is mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    say(f"{path} takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
+    if size > free:
+        fail("the disk is too small: take fewer --clips or a smaller --size")
+    with open(path, "wb") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def store_windows(settings, path):
+    """Chooses windows of a folder's clips, decodes them into windows.bin, and writes `path`,
+    windows.pt. Stopped and called again, it goes on."""
+    folder = settings["data"]
+    stride = settings["stride"]
+    t, h, w = settings["size"]
+    span = (t - 1) * stride + 1
+    skipped = []
+    layout, found = find_clips(folder, skipped)
+    least = span if len(found) >= 20 else 2 * span  # one to train on, one to test on
+    items = [(file, caption, least) for file, caption in found.items()]
+    clips = in_parallel(look_at, items, skipped, "looking at clips")
+    for line in skipped[:10]:
+        say(f"skipped {line}")
+    if not clips:
+        fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
+             "and frog.txt")
+    paths, captions, frames, seconds, embeddings = zip(*clips)
+    print(f"{layout}: {len(clips):,} clips with {len(set(captions)):,} captions, "
+          f"{sum(seconds) / 3600:.3g} hours; {len(skipped):,} skipped")
+    if len({None if e is None else e.shape for e in embeddings}) > 1:
+        fail(f"the .npy embeddings in {folder} must all have one shape, and every clip needs one")
+
+    train, test = choose_windows(captions, np.array(frames), span, settings["clips"])
+    windows = np.concatenate([train, test]).tolist()
+    shape = len(windows), t, 3, h, w
+    size = math.prod(shape) + len(windows)
+    store = path.with_suffix(".bin")
+    if not store.exists() or store.stat().st_size != size:
+        allocate(store, size)
+    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test")
+    pixels, done = map_store(store, shape)
+    of_clip = {}  # clip -> {window: first frame}
+    for window, (clip, first) in enumerate(windows):
+        of_clip.setdefault(clip, {})[window] = first
+    items = [(paths[clip], of_one, stride, pixels.numpy(), done.numpy())
+             for clip, of_one in of_clip.items()]
+    unreadable = []
+    in_parallel(read_clip, items, unreadable, "reading clips")
+    for line in unreadable[:10]:
+        say(f"skipped {line}")
+    kept = [i for i in range(len(windows)) if done[i]]
+    n_train = sum(i < len(train) for i in kept)
+    if not 0 < n_train < len(kept):
+        fail(f"no usable clip in {folder}: nothing to train on, or nothing to test on")
+    save(path, stage="windows", settings=settings, shape=shape, kept=kept, train_clips=n_train,
+         captions=[captions[windows[i][0]] for i in kept],
+         embeddings=None if embeddings[0] is None else dict(zip(captions, embeddings)))
 
 
 class Folder:
-    """Windows of filmed clips: name.mp4 (or another of CONTAINERS), its caption in name.txt, and
-    in name.npy, if you like, an embedding of that by an encoder of your own. Files that cannot be
-    used are named and skipped; decoded clips lie on disk, so that memory does not grow."""
+    """Windows of filmed clips, decoded once into one mapped file: memory does not grow with their
+    number, and no later start decodes again."""
 
     held_out_captions = []
 
-    def __init__(self, folder, frames, height, width, clips, stride):
-        self.size = frames, height, width
-        self.stride = stride
-        self.videos = []
-        self.store = tempfile.TemporaryFile()
-        span = (frames - 1) * stride + 1
-        captions = []  # of the videos
-        embeddings = {}  # caption -> [tokens, dim]
-        train = []  # (video, first frame) of each window
-        test = []
-        paths = [path for path in sorted(Path(folder).iterdir())
-                 if path.suffix not in (".txt", ".npy", ".md")]
-        for path in progress(paths, desc="reading clips"):
-            try:
-                caption = read_caption(path)
-                video = read_video(path, height, width)
-                if len(video) < 2 * span:
-                    raise ValueError(f"{len(video)} frames: two windows of {span} are the least")
-                embedding = read_embedding(path)
-            except Exception as error:  # PyAV raises dozens of kinds
-                say(f"skipped {path.name}: {error}")
-                continue
-            if embedding is not None:
-                embeddings[caption] = embedding
-            to_train, to_test = split_windows(len(video), span)
-            train += [(len(self.videos), first) for first in to_train]
-            test += [(len(self.videos), first) for first in to_test]
-            self.videos.append(self.on_disk(video))
-            captions.append(caption)
-        if not self.videos:
-            fail(f"no usable clip in {folder}: it needs videos with a caption each, such as "
-                 "frog.mp4 and frog.txt")
-        array_shapes = {tuple(e.shape) for e in embeddings.values()}
-        if embeddings and (len(array_shapes) > 1 or set(embeddings) != set(captions)):
-            fail(f"the .npy embeddings in {folder} must all have one shape, and every clip needs "
-                 "one")
-        train = thin_out(train, clips)
-        test = thin_out(test, TEST_CLIPS)
-        print(f"{folder}: {len(self.videos)} of {len(paths)} clips, {len(train)} windows of "
-              f"{frames} frames to train on, {len(test)} to test")
-        self.windows = train + test
-        self.train = range(len(train))
-        self.test = range(len(train), len(self.windows))
-        self.captions = [captions[video] for video, _ in self.windows]
-        self.embeddings = embeddings or None
-
-    def on_disk(self, video):
-        np.save(self.store, video)
-        self.store.flush()
-        start = self.store.tell() - video.nbytes
-        return torch.from_numpy(np.memmap(self.store, np.uint8, "r+", start, video.shape))
+    def __init__(self, settings, path):
+        names = "data", "size", "stride", "clips", "folder"
+        settings = {name: settings[name] for name in names}
+        if FIRST and not path.exists():
+            store_windows(settings, path)
+        wait_for_all()
+        saved = load(path, "windows")
+        check_settings(path, saved["settings"], settings)
+        with reading(path):
+            self.pixels, _ = map_store(path.with_suffix(".bin"), saved["shape"])
+            self.kept = saved["kept"]
+            self.captions = saved["captions"]
+            self.embeddings = saved["embeddings"]
+            self.train = range(saved["train_clips"])
+            self.test = range(saved["train_clips"], len(self.kept))
 
     def clip(self, indices):
         """Windows: [b, 3, t, h, w] in [-1, 1]."""
-        frames, _, _ = self.size
-        picked = []
-        for i in indices:
-            video, first = self.windows[i]
-            last = first + (frames - 1) * self.stride
-            picked.append(self.videos[video][first:last + 1:self.stride])
-        return rearrange(torch.stack(picked), "b t c h w -> b c t h w").float() / 127.5 - 1
+        pixels = self.pixels[[self.kept[i] for i in indices]]
+        return rearrange(pixels, "b t c h w -> b c t h w").float() / 127.5 - 1
 
 
-def open_data(data, clip_size, clips, stride, seed):
-    """-> a data set: clip(indices) gives pixels; captions, one per clip; train and test, ranges of
-    indices; held_out_captions; embeddings {caption: [tokens, dim]} or None."""
-    if data == "shapes":
-        return Shapes(*clip_size, clips, seed)
-    return Folder(data, *clip_size, clips, stride)
+def open_data(settings, path):
+    """settings: of vae.py; path: where windows of filmed clips lie, or will. -> a data set:
+    clip(indices) gives pixels; captions, one per clip; train and test, ranges of indices;
+    held_out_captions; embeddings {caption: [tokens, dim]} or None."""
+    if settings["data"] == "shapes":
+        return Shapes(*settings["size"], settings["clips"], settings["seed"])
+    return Folder(settings, path)
 
 
-def folder_checksum(data):
-    """Changes with the names and sizes of a folder's files."""
+def describe_folder(data, run):
+    """What changes with the names and sizes of a folder's files; None for `shapes`."""
     if data == "shapes":
         return None
     if not Path(data).is_dir():
         fail(f"--data {data} is neither `shapes` nor a folder")
-    files = sorted(f"{path.name} {path.stat().st_size}" for path in Path(data).iterdir())
-    listing = "\n".join(files)
-    return f"{zlib.crc32(listing.encode()):08x}"
+    if run.resolve().is_relative_to(Path(data).resolve()):
+        fail(f"--run {run} lies in --data {data}, and would be taken for clips: put it outside")
+    files = files_below(data)
+    listing = repr([(path, path.stat().st_size) for path in files])
+    return f"{len(files)} files, checksum {zlib.crc32(listing.encode()):08x}"
 
 
 # ------------------------------------------------------------ the training
@@ -605,10 +781,7 @@ def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
     so that memory does not grow with their number; and their mean and std per channel [c], over
     the training clips."""
     shape = (len(data.captions), *latent_shape)
-    with open(path, "wb") as file:
-        file.truncate(2 * math.prod(shape))
-        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash while mapped
-            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+    allocate(path, 2 * math.prod(shape))
     latents = torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
     total = torch.zeros(latent_shape[0], dtype=torch.float64)
     total_of_squares = total.clone()
@@ -628,7 +801,7 @@ def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
 
 def main(argv=None):
     p = make_parser(__doc__, PRESETS, argv)
-    p.add_argument("--data", default="shapes", help="`shapes`, or a folder of name.mp4 + name.txt")
+    p.add_argument("--data", default="shapes", help="`shapes`, or a folder of clips with captions")
     p.add_argument("--size", type=size, metavar="TxHxW", help="frames x height x width of a clip")
     p.add_argument("--ratio", type=size, metavar="TxHxW", help="compression: time x height x width")
     p.add_argument("--stride", type=positive, default=2, help="every n-th frame of filmed clips")
@@ -658,11 +831,11 @@ def main(argv=None):
         print_cost(args, vae, args.dry_run or crop)
         return
     args.data = str(Path(args.data))  # a name that ends in / is the same folder
-    settings = settings_of(args) | dict(folder_checksum=folder_checksum(args.data))
+    settings = settings_of(args) | dict(folder=describe_folder(args.data, args.run))
     device, precision = set_up(args)
     stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
-    data = open_data(args.data, args.size, args.clips, args.stride, args.seed)
+    data = open_data(settings, args.latents.with_name("windows.pt"))
     vae.to(device).gradient_checkpointing = args.gradient_checkpointing
     ema = average_weights(vae, args)
     optimizer = Optimizer(vae, args.optimizer, args.lr, precision)

@@ -1,0 +1,427 @@
+"""Clips of one's own: layouts, what is held out, which frames are read, and what cannot be used."""
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import train
+
+import vae
+
+
+def film(frames=40, suffix=".mp4", codec="libx264", rotation=0, uneven=False, **options):
+    """64x48 pixels that say which frame it is: one grey on the left, one on the right."""
+    file = io.BytesIO()
+    names = {".mkv": "matroska", ".webm": "webm", ".ts": "mpegts", ".mpg": "mpeg"}
+    with av.open(file, "w", format=names.get(suffix, suffix[1:])) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000 if uneven else 25)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            pixels = np.zeros((48, 64, 3), np.uint8)
+            pixels[:, :32] = i // 16 % 16 * 16
+            pixels[:, 32:] = i % 16 * 16
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame.pts = 40 * i + i * i % 30 if uneven else i
+            frame.time_base = stream.codec_context.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def frame_numbers(data, part):
+    """Which frames the windows show, [n, t], modulo 256."""
+    pixels = data.pixels[data.kept][part].float().mean(2)  # [n, t, h, w]
+    left = pixels[..., 4:12, 2:6].mean((-1, -2))
+    right = pixels[..., 4:12, 10:14].mean((-1, -2))
+    return ((left / 16).round() * 16 + (right / 16).round()).int()
+
+
+def sound():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), "s16", "mono")
+        frame.rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+def playlist(address):
+    return f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{address}\n#EXT-X-ENDLIST\n".encode()
+
+
+FILM = film()
+PART = film(suffix=".ts")  # what the playlists are of
+EMBEDDING = np.ones((4, 6), np.float32)
+
+
+def write(folder, name="a.mp4", data=FILM, caption=b"a clip", embedding=None):
+    path = folder / name
+    path.write_bytes(data)
+    if caption is not None:
+        path.with_suffix(".txt").write_bytes(caption)
+    if embedding is not None:
+        np.save(path.with_suffix(".npy"), embedding)
+
+
+def settings_for(folder, clips=1000):
+    return dict(data=str(folder), size=(5, 16, 16), clips=clips, stride=2,
+                folder=vae.describe_folder(str(folder), Path("nowhere")))
+
+
+def read(folder, clips=1000):
+    return vae.open_data(settings_for(folder, clips), Path(f"{folder} run", "windows.pt"))
+
+
+def refused(folder, capsys):
+    """-> what is said before exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        read(folder)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, capsys):
+    write(tmp_path, "one.mp4", embedding=EMBEDDING)
+    write(tmp_path, "two words.mkv", film(suffix=".mkv"), b"another\nclip", EMBEDDING * 2)
+    write(tmp_path, "text.mp4", b"not a video", b"a text")
+    data = read(tmp_path)
+    assert {data.captions[i] for i in data.train} == {"a clip", "another clip"}
+    assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16)
+    assert data.clip([0]).abs().max() <= 1
+    assert data.embeddings["another clip"].tolist() == (EMBEDDING * 2).tolist()
+    assert capsys.readouterr().err.count("skipped") == 1
+
+
+@pytest.mark.parametrize("options", [
+    dict(frames=40), dict(frames=250, g="12"), dict(frames=250, uneven=True)], ids=str)
+def test_with_few_clips_the_last_tenth_of_each_is_tested_on_and_never_trained_on(tmp_path, options):
+    write(tmp_path, data=film(**options))
+    data = read(tmp_path)
+    train = frame_numbers(data, slice(data.train.stop))
+    test = frame_numbers(data, slice(data.train.stop, None))
+    assert len(test) and train.max() < test.min()
+    assert test.min() == options["frames"] - max(9, options["frames"] // 10)
+
+
+FILMS = {
+    "every 12th a keyframe": dict(g="12"), "mkv": dict(suffix=".mkv", g="30"),
+    "webm": dict(suffix=".webm", codec="libvpx", g="30"), "ts": dict(suffix=".ts", g="30"),
+    "mpg": dict(suffix=".mpg", codec="mpeg2video", g="12"),
+    "open groups": {"g": "30", "x264-params": "open-gop=1:bframes=3"},
+    "one keyframe": dict(g="999"), "all keyframes": dict(g="1"),
+    "short groups": dict(g="2", bf="1")}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_a_window_is_every_second_frame_from_its_first_on(tmp_path, kind):
+    write(tmp_path, data=film(900, **FILMS[kind]), name="a" + FILMS[kind].get("suffix", ".mp4"))
+    data = read(tmp_path, clips=3)
+    numbers = frame_numbers(data, slice(None))
+    steps = (numbers - numbers[:, :1]) % 256
+    assert steps.tolist() == [[0, 2, 4, 6, 8]] * len(numbers)
+    starts = (numbers[:3, 0] - torch.linspace(0, 801, 3)) % 256
+    assert ((starts < 2) | (starts > 256 - 90)).all()  # where planned, or at a keyframe before
+
+
+class Counting:
+    """A container that counts the frames that it decodes."""
+
+    def __init__(self, container, decoded):
+        self.container = container
+        self.decoded = decoded
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.container.close()
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def decode(self, stream):
+        for frame in self.container.decode(stream):
+            self.decoded.append(frame.pts)
+            yield frame
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The frames decoded so far."""
+    frames = []
+    av_open = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: Counting(av_open(*a, **k), frames))
+    return frames
+
+
+def test_of_a_long_film_only_the_wanted_frames_are_decoded(tmp_path, decoded):
+    write(tmp_path, data=film(9000, g="50"))
+    data = read(tmp_path, clips=20)
+    assert len(data.kept) == 22
+    assert len(decoded) <= 22 * 9 + 2 * 50  # of the last two one cannot begin at a keyframe
+
+
+def test_what_has_been_read_is_not_read_again_even_if_the_folder_is_emptied(tmp_path, decoded):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write(clips)
+    settings = settings_for(clips)
+    first = vae.open_data(settings, tmp_path / "windows.pt")
+    del decoded[:]
+    (clips / "a.mp4").unlink()
+    again = vae.open_data(settings, tmp_path / "windows.pt")
+    assert not decoded
+    assert torch.equal(first.clip([0, 5]), again.clip([0, 5])) and first.captions == again.captions
+
+
+def write_many(folder, n, data=FILM, caption="clip {}"):
+    for i in range(n):
+        write(folder, f"{i:03}.mp4", data, caption.format(i).encode())
+
+
+KILLED = """
+import os, signal, sys, vae
+read_clip = vae.read_clip
+calls = []
+def fatal(*arguments):
+    calls.append(arguments)
+    if len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_clip(*arguments)
+vae.read_clip = fatal
+vae.os.cpu_count = lambda: 1
+vae.store_windows(eval(sys.argv[1]), vae.Path(sys.argv[2]))
+"""
+
+
+def test_killed_while_it_reads_it_goes_on_where_it_was(tmp_path, decoded):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_many(clips, 19)
+    settings = settings_for(clips)
+    killed = tmp_path / "killed" / "windows.pt"
+    command = [sys.executable, "-c", KILLED, repr(settings), killed]
+    process = subprocess.run(command, cwd=Path(vae.__file__).parent, capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    assert killed.with_suffix(".bin").exists() and not killed.exists()
+    vae.open_data(settings, killed)
+    assert len(decoded) == 8 * 40
+    vae.open_data(settings, tmp_path / "whole.pt")
+    pixels = killed.with_suffix(".bin").read_bytes()
+    assert pixels == (tmp_path / "whole.bin").read_bytes()
+
+
+@pytest.mark.parametrize("n", [3, 60])
+def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
+    captions = np.array(["a cat", "a dog"] * n, object)[:n]
+    frames = np.arange(n) + 40
+    train, test = vae.choose_windows(captions, frames, span=9, most=100_000)
+    assert len(test) and (test[:, 1] + 9 <= frames[test[:, 0]]).all()
+    if n >= 20:
+        assert len(set(test[:, 0])) == n // 20 and not set(test[:, 0]) & set(train[:, 0])
+        assert len(train) == (frames - 8)[sorted(set(train[:, 0]))].sum()  # each window once
+    else:
+        for clip in range(n):
+            assert train[train[:, 0] == clip, 1].max() + 9 <= test[test[:, 0] == clip, 1].min()
+
+
+def test_where_clips_thins_away_a_caption_its_test_windows_go_too():
+    captions = np.array([f"clip {i}" for i in range(5)], object)
+    train, test = vae.choose_windows(captions, np.full(5, 300), 9, 3)
+    assert len(train) == 3 and len(test) <= 1
+    assert {*test[:, 0]} <= {*train[:, 0]}
+
+
+ROWS = [("b/one.mp4", "a first clip"), ("two.mp4", 'a "second", clip'), ("two.mp4", "once more"),
+        ("three.mp4", "gone"), ("../x.mp4", "climbs"), ("/etc/passwd", "absolute"), ("b", "folder")]
+
+
+def quoted(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+TABLES = {
+    "metadata.csv": "\ufefftext,size,file_name\n" + "".join(
+        f"{quoted(text)},7,{name}\n" for name, text in ROWS) + "",
+    "metadata.jsonl": "".join(json.dumps(dict(file_name=name, text=text)) + "\n"
+                              for name, text in ROWS) + ""}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_metadata_names_clips_and_their_captions(tmp_path, capsys, table):
+    folder = tmp_path / "clips" / "train"
+    (folder / "b").mkdir(parents=True)
+    write(tmp_path, "x.mp4", caption=None)
+    write(folder, "b/one.mp4", caption=None)
+    write(folder, "two.mp4", caption=b"not this")
+    write(folder, "four.mp4", caption=None)  # in no row
+    (folder / table).write_text(TABLES[table], encoding="utf-8")
+    data = read(tmp_path / "clips")
+    assert set(data.captions) == {"a first clip", 'a "second", clip'}
+    told, skipped = capsys.readouterr()
+    assert "metadata: 2 clips with 2 captions" in told
+    for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4":
+        assert word in skipped
+    assert f"{skipped.count('skipped ')} skipped" in told
+
+
+@pytest.mark.parametrize("table, text", [
+    ("metadata.csv", ""), ("metadata.csv", "file_name;text\na.mp4;hello\n"),
+    ("metadata.csv", "file_name,caption\na.mp4,hello\n"), ("metadata.csv", "a\0b,\xff"),
+    ("metadata.jsonl", "file_name,text\na.mp4,hello\n"), ("metadata.jsonl", '{"text": 1}\n'),
+    ("metadata.jsonl", "[" * 100_000)])
+def test_metadata_without_the_columns_is_refused(tmp_path, capsys, table, text):
+    write(tmp_path)
+    (tmp_path / table).write_text(text, encoding="latin-1")
+    assert table in refused(tmp_path, capsys).splitlines()[-1]
+
+
+def test_class_folders_give_their_names_as_captions(tmp_path, capsys):
+    for name in "ApplyEyeMakeup", "brush_hair", "deep/YoYo", ".hidden":
+        (tmp_path / name).mkdir(parents=True)
+        write(tmp_path, f"{name}/a.mp4", caption=None)
+    write(tmp_path, "alone.mp4", caption=None)
+    data = read(tmp_path)
+    assert set(data.captions) == {"apply eye makeup", "brush hair", "yo yo"}
+    told, skipped = capsys.readouterr()
+    assert "class folders: 3 clips with 3 captions" in told and "1 skipped" in told
+    assert "alone.mp4" in skipped
+
+
+def test_text_files_count_in_every_folder_and_before_class_folders(tmp_path):
+    (tmp_path / "Cats" / "more").mkdir(parents=True)
+    write(tmp_path, "Cats/a.mp4", caption=b"a  cat\n")
+    write(tmp_path, "Cats/more/b.MP4", caption=b"another cat")
+    write(tmp_path, "Cats/c.mp4", caption=None)
+    assert set(read(tmp_path).captions) == {"a cat", "another cat"}
+
+
+def test_of_many_that_cannot_be_used_ten_are_named_and_all_counted(tmp_path, capsys):
+    write(tmp_path)
+    for i in range(25):
+        write(tmp_path, f"bad{i}.mp4", b"no film")
+    read(tmp_path)
+    told, skipped = capsys.readouterr()
+    assert skipped.count("skipped ") == 10 and "25 skipped" in told
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_a_film_is_read_upright_as_a_player_shows_it(tmp_path, rotation):
+    write(tmp_path, data=film(rotation=rotation))
+    data = read(tmp_path)
+    pixels = data.pixels[data.kept[-1], 1].float().mean(0)  # frame 33: 32 left, 16 right
+    lying = np.rot90(pixels, -rotation // 90)
+    assert abs(lying[:, :4].mean() - 32) < 4 and abs(lying[:, -4:].mean() - 16) < 4
+
+
+def test_hundreds_of_clips_need_few_open_files(tmp_path, capsys):
+    write_many(tmp_path, 300, caption="one of {0:03}"[:6])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 40, before[1]))
+    try:
+        data = read(tmp_path, clips=3000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(data.train) == 3000 and " 0 skipped" in capsys.readouterr().out
+
+
+def test_a_clip_shorter_than_it_says_loses_the_windows_that_it_has_not(tmp_path, capsys,
+                                                                       monkeypatch):
+    write_many(tmp_path, 4, caption="a clip")
+    write(tmp_path, "z.mp4", film(100)[:-200], b"a clip")
+    look_at = vae.look_at
+
+    def believing(path, *more):
+        seen = list(look_at(path, *more))
+        if path.name == "z.mp4":
+            seen[2] += 20
+        return seen
+
+    monkeypatch.setattr(vae, "look_at", believing)
+    data = read(tmp_path)
+    assert "z.mp4: " in capsys.readouterr().err
+    numbers = frame_numbers(data, slice(None))
+    assert ((numbers - numbers[:, :1]) == torch.arange(0, 10, 2)).all()
+
+
+def test_an_embedding_lies_beside_its_clip_in_every_layout(tmp_path):
+    (tmp_path / "Cats").mkdir()
+    (tmp_path / "Dogs").mkdir()
+    write(tmp_path, "Cats/a.mp4", caption=None, embedding=EMBEDDING)
+    write(tmp_path, "Dogs/a.mp4", caption=None, embedding=EMBEDDING * 2)
+    assert read(tmp_path).embeddings["dogs"].tolist() == (EMBEDDING * 2).tolist()
+
+
+def test_the_run_may_not_lie_in_the_folder_of_clips(tmp_path, capsys):
+    write(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train("vae", tmp_path / "run", "--data", str(tmp_path))
+    assert stop.value.code == 2 and "outside" in capsys.readouterr().err
+
+
+class Code:
+    """Unpickled without care, it makes a file."""
+
+    def __reduce__(self):
+        return open, ("was run", "w")
+
+
+UNUSABLE = {
+    "empty": dict(data=b""), "text": dict(data=b"no film"), "zeros": dict(data=bytes(50_000)),
+    "truncated": dict(data=FILM[:len(FILM) // 2]), "too short": dict(data=film(17)),
+    "sound alone": dict(data=sound()), "escapes": dict(name="\x1b[31mred\n.mp4", data=b""),
+    "a playlist": dict(name="a.m3u8", data=playlist("../part.ts")),
+    "a playlist in disguise": dict(data=playlist("../part.ts")),
+    "no caption": dict(caption=None), "an empty caption": dict(caption=b""),
+    "Latin-1": dict(caption="é".encode("latin-1")), "too long": dict(caption=b"word " * 513),
+    "a picture": dict(name="a.png", data=b"\x89PNG\r\n\x1a\n" + bytes(99)),
+    "NaN": dict(embedding=EMBEDDING * np.nan), "one dimension": dict(embedding=EMBEDDING[0]),
+    "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_clip_that_cannot_be_used_is_skipped(tmp_path, capsys, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("part.ts").write_bytes(PART)
+    Path("clips").mkdir()
+    write(Path("clips"), **UNUSABLE[kind])
+    told = refused("clips", capsys)
+    assert "skipped " in told and "error: no usable clip in clips" in told
+    assert "\x1b[31m" not in told
+    assert not Path("was run").exists()
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.mp4"])
+def test_a_playlist_reaches_no_server(tmp_path, capsys, name):
+    server = socket.create_server(("127.0.0.1", 0))
+    visit = threading.Thread(target=lambda: server.accept()[0].close(), daemon=True)
+    visit.start()
+    write(tmp_path, name, playlist(f"http://127.0.0.1:{server.getsockname()[1]}/part.ts"))
+    assert "no usable clip" in refused(tmp_path, capsys)
+    assert visit.is_alive()  # still waiting
+
+
+@pytest.mark.parametrize("other", [None, EMBEDDING[:2], EMBEDDING[:, :2]],
+                         ids=["none", "2x6", "4x2"])
+def test_embeddings_that_do_not_fit_together_are_refused(tmp_path, capsys, other):
+    write(tmp_path, embedding=EMBEDDING)
+    write(tmp_path, "b.mp4", caption=b"another", embedding=other)
+    assert "must all have one shape" in refused(tmp_path, capsys)
