@@ -90,18 +90,6 @@ def tokenize(captions, vocabulary, length):
     return torch.tensor(rows)
 
 
-def text_input(metadata, captions):
-    """What the text encoder reads, as a checkpoint describes it: word numbers [b, words], or the
-    user's own embeddings [b, tokens, dim]."""
-    embeddings = metadata["embeddings"]
-    if not embeddings:
-        return tokenize(captions, metadata["vocabulary"], metadata["text_tokens"])
-    for caption in captions:
-        if caption not in embeddings:
-            fail(f"there is no embedding for '{caption}', only for {'; '.join(embeddings)}")
-    return torch.stack([embeddings[caption] for caption in captions])
-
-
 class TextEncoder(nn.Module):
     """Word numbers [b, m] -> [b, m, width]; or embeddings [b, m, text_dim] of an encoder of your
     own -> the same. Padding has an embedding like any word, so cross-attention needs no mask."""
@@ -114,6 +102,8 @@ class TextEncoder(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, prompts):
+        if prompts.is_floating_point():
+            prompts = prompts.float()  # embeddings are kept in float16
         return self.out(self.norm(self.embed(prompts) + self.position))
 
 
@@ -438,22 +428,33 @@ class Latents:
             self.test_captions = self.checkpoint["captions"][n:]
             known = sorted(set(self.captions))
             embeddings = self.checkpoint["embeddings"]
-            if embeddings:
-                text_tokens, self.text_dim = embeddings[known[0]].shape
+            if embeddings is not None:
+                text_tokens, self.text_dim = embeddings.shape[1:]
             else:
                 text_tokens = max(len(words(caption)) for caption in known)
                 self.text_dim = 0
             # What a checkpoint needs beside the weights, so that sampling needs no data set.
             self.metadata = dict(
                 vocabulary=["<pad>", *sorted(set(words(" ".join(known))))],
-                text_tokens=text_tokens, embeddings=embeddings, captions=known,
+                text_tokens=text_tokens, captions=known,
                 held_out_captions=self.checkpoint["held_out_captions"],
                 latent_shape=list(self.latents.shape[1:]), latent_mean=self.checkpoint["mean"],
                 latent_std=self.checkpoint["std"], vae_checksum=self.checkpoint["vae_checksum"])
-            self.prompts = text_input(self.metadata, known)  # [known captions, words, ...]
-            number_of = {caption: i for i, caption in enumerate(known)}
-            self.caption_number = torch.tensor([number_of[c] for c in self.captions])
+            self.number_of = {caption: i for i, caption in enumerate(known)}
+            self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
+            self.embeddings = embeddings
+            self.prompts = self.prompts_of(known)  # [captions, words] or [captions, tokens, dim]
             self.x0([0])  # raises if mean and std do not fit the latents
+
+    def prompts_of(self, captions):
+        """What the text encoder reads: word numbers [b, words], or embeddings [b, tokens, dim] of
+        an encoder of your own, which are known for the training captions alone."""
+        if self.embeddings is None:
+            return tokenize(captions, self.metadata["vocabulary"], self.metadata["text_tokens"])
+        for caption in captions:
+            if caption not in self.number_of:
+                fail(f"there is no embedding for '{caption}', only for {'; '.join(self.number_of)}")
+        return self.embeddings[[self.number_of[caption] for caption in captions]]
 
     def x0(self, indices):
         """Clean latents [b, c, t, h, w] of these clips."""

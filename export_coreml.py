@@ -42,7 +42,7 @@ from torch import nn
 
 from common import add_file, fail, make_parser, positive, reading, record_metrics, run_script, size
 from distill import predict_x0, sample_student, student_times
-from dit import PAD, DiT, FeedForward, add_noise, load_dit, start_of, text_input, words
+from dit import PAD, DiT, FeedForward, add_noise, load_dit, start_of, tokenize, words
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, ResBlock, RMSNorm, latent_size, load_vae
@@ -377,9 +377,9 @@ def describe(args, checkpoint, folder, names):
         packages[name] = dict(file=f"{name}.mlpackage",
                               inputs=signature(program.inputs.values()),
                               outputs=signature(program.outputs))
-    if checkpoint["embeddings"]:
+    if checkpoint["config"]["text_dim"]:
         text = dict(tokenise="not here: text_encoder reads the embedding of a prompt by the "
-                                "encoder of the training captions, your own")
+                             "encoder of the training captions, your own, padded with zeros")
     else:
         text = dict(
             vocabulary=checkpoint["vocabulary"], words=checkpoint["text_tokens"],
@@ -537,7 +537,7 @@ def random_student(preset, seed):
     checkpoint = dict(
         latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
         latent_mean=torch.zeros(channels), latent_std=torch.ones(channels),
-        vocabulary=["<pad>", *words(caption)], text_tokens=5, embeddings=None,
+        vocabulary=["<pad>", *words(caption)], text_tokens=5, config=dit.config,
         captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.2))
     return dit.eval().requires_grad_(False), checkpoint, vae.eval().requires_grad_(False)
 
@@ -564,7 +564,10 @@ def main(argv=None):
         vae = load_vae(args.vae, "cpu", checkpoint["vae_checksum"])
     if dit.config["ffn"] % args.ffn_tiles:
         fail(f"--ffn-tiles {args.ffn_tiles} does not divide the FFN's {dit.config['ffn']} channels")
-    prompts = text_input(checkpoint, checkpoint["captions"][:1])
+    m = checkpoint["text_tokens"]
+    prompts = torch.randn(1, m, dit.config["text_dim"])
+    if not dit.config["text_dim"]:
+        prompts = tokenize(checkpoint["captions"][:1], checkpoint["vocabulary"], m)
     start = time.perf_counter()
     if args.check:
         metrics = prove(args, dit, vae, checkpoint, prompts, args.out)

@@ -43,9 +43,10 @@ from common import (add_device_flags, add_file, count_parameters, fail, load, ma
                     not_negative, number, positive, progress, read_metrics, reading, record_metrics,
                     run_script, say, set_up, size, step_generator, write_atomically)
 from distill import sample_student
-from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler,
-                 text_input, words)
-from vae import COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, shape_coverage
+from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler, tokenize,
+                 words)
+from vae import (COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, read_embedding,
+                 shape_coverage)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpoint -> its name
@@ -70,9 +71,6 @@ class Model:
         nfe_per_step = 1 if self.is_student or cfg == 1 else 2
         self.nfe = nfe_per_step * self.steps
 
-    def prompts(self, captions):
-        return text_input(self.checkpoint, captions).to(self.device)
-
     def noise(self, n, seed):
         """[steps, n, c, t, h, w]. Clip i's noise depends on seed + i alone, and its first step's is
         the same for every checkpoint."""
@@ -92,17 +90,18 @@ class Model:
             return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, picture,
                                 trajectory)
 
-    def make(self, captions, seed, picture=None, batch=48):
+    def make(self, prompts, seed, picture=None, batch=48):
         """-> normalised latents [n, c, t, h, w] on the CPU, and the median over batches of seconds
-        per clip. picture: None, or the first latent frames of the clips, [n or 1, c, 1, h, w]."""
-        prompts = self.prompts(captions)
-        noise = self.noise(len(captions), seed)
+        per clip. prompts: what the text encoder reads, [n, words, ...]; picture: None, or the first
+        latent frames of the clips, [n or 1, c, 1, h, w]."""
+        n = len(prompts)
+        prompts = prompts.to(self.device)
+        noise = self.noise(n, seed)
         x0 = []
         seconds = []
-        name = f"{STAGES[self.stage]}, {len(captions)} clips"
         if picture is not None:
-            picture = picture.to(self.device).expand(len(captions), -1, -1, -1, -1)
-        for i in progress(range(0, len(captions), batch), desc=name):
+            picture = picture.to(self.device).expand(n, -1, -1, -1, -1)
+        for i in progress(range(0, n, batch), desc=f"{STAGES[self.stage]}, {n} clips"):
             start = time.perf_counter()
             given = None if picture is None else picture[i:i + batch]
             latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch], given)
@@ -300,7 +299,7 @@ def validation_loss(dit, data, device, precision, batch=64):
         picked = data.test[start:start + batch]
         g = step_generator("validation", start)
         x0 = data.x0(picked)
-        prompts = text_input(data.metadata, data.test_captions[start:start + batch])
+        prompts = data.prompts_of(data.test_captions[start:start + batch])
         noise = torch.randn(x0.shape, generator=g)
         t = logit_normal(len(picked), g)
         inputs = [x.to(device) for x in (x0, prompts, noise, t)]
@@ -358,7 +357,7 @@ def score(args, device, precision):
     _, real = score_clips(data.x0(reference), captions, data, vae, precision)
     scores = {}
     for model in models:
-        x0, seconds = model.make(seen + unseen, args.seed)
+        x0, seconds = model.make(data.prompts_of(seen + unseen), args.seed)
         rows, features = score_clips(x0, seen + unseen, data, vae, precision)
         result = dict(params=count_parameters(model.dit), nfe=model.nfe, seconds_per_clip=seconds)
         result |= mean_scores(rows[:len(seen)])
@@ -526,7 +525,7 @@ def side_by_side(args, data, vae, models, captions, precision):
     if clips is not None:
         columns = {"input": (clips, real)} | columns
     for model in models:
-        x0, _ = model.make(captions, args.seed)
+        x0, _ = model.make(data.prompts_of(captions), args.seed)
         columns[STAGES[model.stage]] = decode(vae, data.metadata, x0, precision), x0
     rows = [[] for _ in captions]
     for name, (clips, x0) in columns.items():
@@ -543,7 +542,8 @@ def from_noise(args, data, vae, models, caption, precision):
     rows = []
     for model in models:
         trajectory = []
-        model.sample(model.prompts([caption]), model.noise(1, args.seed),
+        prompts = data.prompts_of([caption]).to(model.device)
+        model.sample(prompts, model.noise(1, args.seed),
                      trajectory=trajectory)
         row = []
         shown = min(8, len(trajectory))
@@ -652,7 +652,24 @@ def read_picture(path, height, width):
     return rearrange(pixels, "h w rgb -> 1 rgb 1 h w").float() / 127.5 - 1
 
 
-def make_clips(args, prompts, device, precision):
+def read_prompts(args, checkpoint):
+    """What the text encoder reads for --prompt: [prompts, words] or [prompts, tokens, dim]."""
+    m = checkpoint["text_tokens"]
+    dim = checkpoint["config"]["text_dim"]
+    if not dim:
+        return tokenize(args.prompt, checkpoint["vocabulary"], m)
+    if args.embedding is None:
+        return Latents(args.latents).prompts_of(args.prompt)
+    with reading(args.embedding):
+        embedding = read_embedding(args.embedding)
+    if len(embedding) > m or embedding.shape[1] != dim:
+        fail(f"{args.embedding} is {list(embedding.shape)}: the model takes up to {m} tokens of "
+             f"{dim} channels")
+    padded = F.pad(embedding, (0, 0, 0, m - len(embedding)))
+    return padded.expand(len(args.prompt), -1, -1)
+
+
+def make_clips(args, device, precision):
     """--prompt: one clip each, from noise or from a picture, and as many stretches further, each
     from the last frame of the one before."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
@@ -669,6 +686,7 @@ def make_clips(args, prompts, device, precision):
     if args.image:
         given = read_picture(args.image, *clip_size[1:])
         picture = encode(vae, model.checkpoint, given, precision)
+    prompts = read_prompts(args, model.checkpoint)
     stretches = []
     for i in range(1 + args.stretches):
         x0, _ = model.make(prompts, args.seed + 1000 * i, picture)
@@ -676,13 +694,13 @@ def make_clips(args, prompts, device, precision):
         stretches.append(clips[:, :, 1:] if stretches else clips)
         picture = encode(vae, model.checkpoint, clips[:, :, -1:], precision)
     clips = torch.cat(stretches, dim=2)
-    cells = [cell(clip, prompt) for clip, prompt in zip(clips, prompts)]
+    cells = [cell(clip, prompt) for clip, prompt in zip(clips, args.prompt)]
     columns = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))
     while len(cells) % columns:
         cells.append(np.full_like(cells[0], 255))
     rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
     write_video(args.out, rows, args.fps)
-    print(f"{args.out}: {len(prompts)} clip(s) by {args.model}, {model.nfe} function evaluations "
+    print(f"{args.out}: {len(clips)} clip(s) by {args.model}, {model.nfe} function evaluations "
           "per clip")
 
 
@@ -690,6 +708,8 @@ def main(argv=None):
     p = make_parser(__doc__, PRESETS, argv)
     p.add_argument("--prompt", action="append", default=[],
                    help="what to show, in words of the training captions; may be repeated")
+    p.add_argument("--embedding", type=Path, metavar="FILE",
+                   help="--prompt's, name.npy, if the model was trained on embeddings of your own")
     p.add_argument("--image", type=Path, metavar="FILE",
                    help="a picture to start --prompt's clips from, if trained with --image-share")
     p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
@@ -718,7 +738,7 @@ def main(argv=None):
         fail(f"--out {args.out}: the name must end in .mp4, .gif or .png")
     device, precision = set_up(args)
     if args.prompt:
-        make_clips(args, args.prompt, device, precision)
+        make_clips(args, device, precision)
     if args.score:
         score(args, device, precision)
     if args.report:

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint_sequential
 
 from common import (FIRST, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
@@ -477,8 +478,8 @@ def read_embedding(path):
 
 
 def look_at(path, caption, least):
-    """-> of a clip: path, caption, number of frames, seconds, embedding. Decodes nothing. Raises
-    where it cannot be used, as with fewer frames than `least`."""
+    """-> of a clip: path, caption, number of frames, seconds, channels of its embedding or None.
+    Decodes nothing. Raises where it cannot be used, as with fewer frames than `least`."""
     import av  # here, since rendered clips do not need it
 
     if isinstance(caption, Path):
@@ -491,7 +492,9 @@ def look_at(path, caption, least):
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if frames < least:
         raise ValueError(f"{frames} frames, where {least} are the least")
-    return path, caption, frames, frames / float(stream.average_rate), read_embedding(path)
+    embedding = read_embedding(path)
+    dim = None if embedding is None else embedding.shape[1]
+    return path, caption, frames, frames / float(stream.average_rate), dim
 
 
 def upright(frame, scaler, height, width):
@@ -644,11 +647,11 @@ def store_windows(settings, path):
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
              "and frog.txt")
-    paths, captions, frames, seconds, embeddings = zip(*clips)
+    paths, captions, frames, seconds, dims = zip(*clips)
     print(f"{layout}: {len(clips):,} clips with {len(set(captions)):,} captions, "
           f"{sum(seconds) / 3600:.3g} hours; {len(skipped):,} skipped")
-    if len({None if e is None else e.shape for e in embeddings}) > 1:
-        fail(f"the .npy embeddings in {folder} must all have one shape, and every clip needs one")
+    if len(set(dims)) > 1:
+        fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip")
 
     train, test = choose_windows(captions, np.array(frames), span, settings["clips"])
     windows = np.concatenate([train, test]).tolist()
@@ -668,13 +671,17 @@ def store_windows(settings, path):
     in_parallel(read_clip, items, unreadable, "reading clips")
     for line in unreadable[:10]:
         say(f"skipped {line}")
-    kept = [i for i in range(len(windows)) if done[i]]
+    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in range(len(train)) if done[i]}
+    kept = [i for i in range(len(windows)) if done[i] and captions[windows[i][0]] in path_of]
     n_train = sum(i < len(train) for i in kept)
     if not 0 < n_train < len(kept):
         fail(f"no usable clip in {folder}: nothing to train on, or nothing to test on")
+    embeddings = None
+    if dims[0]:  # [captions, tokens, dim], padded with zeros
+        arrays = [read_embedding(path_of[caption]).half() for caption in sorted(path_of)]
+        embeddings = pad_sequence(arrays, batch_first=True)
     save(path, stage="windows", settings=settings, shape=shape, kept=kept, train_clips=n_train,
-         captions=[captions[windows[i][0]] for i in kept],
-         embeddings=None if embeddings[0] is None else dict(zip(captions, embeddings)))
+         captions=[captions[windows[i][0]] for i in kept], embeddings=embeddings)
 
 
 class Folder:
@@ -708,7 +715,8 @@ class Folder:
 def open_data(settings, path):
     """settings: of vae.py; path: where windows of filmed clips lie, or will. -> a data set:
     clip(indices) gives pixels; captions, one per clip; train and test, ranges of indices;
-    held_out_captions; embeddings {caption: [tokens, dim]} or None."""
+    held_out_captions; embeddings of the training captions in order, [captions, tokens, dim], or
+    None."""
     if settings["data"] == "shapes":
         return Shapes(*settings["size"], settings["clips"], settings["seed"])
     return Folder(settings, path)

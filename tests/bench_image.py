@@ -48,7 +48,7 @@ def animate(model, data, vae, precision, n):
         _, _, name, _, direction = caption.split()
         prompts.append(f"a {list(COLORS)[i]} {name} moving {OTHER_DIRECTION[direction]}")
     given = encode(vae, data.metadata, pictures, precision)
-    x0, _ = model.make(prompts, seed=0, picture=given)
+    x0, _ = model.make(data.prompts_of(prompts), seed=0, picture=given)
     clips = decode(vae, data.metadata, x0, precision)
     reconstruction = decode(vae, data.metadata, given, precision)
     found = measure(clips)
@@ -65,7 +65,7 @@ def go_on(model, data, vae, precision, n, stretches):
     wanted = torch.stack([index_of(prompts, names) for names in (COLORS, SHAPES, DIRECTIONS)], 1)
     picture = None
     for i in range(stretches):
-        x0, _ = model.make(prompts, 1000 * i, picture)
+        x0, _ = model.make(data.prompts_of(prompts), 1000 * i, picture)
         clips = decode(vae, data.metadata, x0, precision)
         picture = encode(vae, data.metadata, clips[:, :, -1:], precision)
         right = measure(clips) == wanted

@@ -105,7 +105,7 @@ def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, ca
     assert {data.captions[i] for i in data.train} == {"a clip", "another clip"}
     assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16)
     assert data.clip([0]).abs().max() <= 1
-    assert data.embeddings["another clip"].tolist() == (EMBEDDING * 2).tolist()
+    assert data.embeddings.tolist() == [EMBEDDING.tolist(), (EMBEDDING * 2).tolist()]  # by caption
     assert capsys.readouterr().err.count("skipped") == 1
 
 
@@ -367,7 +367,7 @@ def test_an_embedding_lies_beside_its_clip_in_every_layout(tmp_path):
     (tmp_path / "Dogs").mkdir()
     write(tmp_path, "Cats/a.mp4", caption=None, embedding=EMBEDDING)
     write(tmp_path, "Dogs/a.mp4", caption=None, embedding=EMBEDDING * 2)
-    assert read(tmp_path).embeddings["dogs"].tolist() == (EMBEDDING * 2).tolist()
+    assert read(tmp_path).embeddings[1].tolist() == (EMBEDDING * 2).tolist()
 
 
 def test_the_run_may_not_lie_in_the_folder_of_clips(tmp_path, capsys):
@@ -419,9 +419,14 @@ def test_a_playlist_reaches_no_server(tmp_path, capsys, name):
     assert visit.is_alive()  # still waiting
 
 
-@pytest.mark.parametrize("other", [None, EMBEDDING[:2], EMBEDDING[:, :2]],
-                         ids=["none", "2x6", "4x2"])
+def test_a_shorter_embedding_is_padded_with_zeros(tmp_path):
+    write(tmp_path, embedding=EMBEDDING)
+    write(tmp_path, "b.mp4", caption=b"another", embedding=EMBEDDING[:1])
+    assert read(tmp_path).embeddings.sum(2).tolist() == [[6, 6, 6, 6], [6, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("other", [None, EMBEDDING[:, :2]], ids=["none", "4x2"])
 def test_embeddings_that_do_not_fit_together_are_refused(tmp_path, capsys, other):
     write(tmp_path, embedding=EMBEDDING)
     write(tmp_path, "b.mp4", caption=b"another", embedding=other)
-    assert "must all have one shape" in refused(tmp_path, capsys)
+    assert "must have as many channels" in refused(tmp_path, capsys)

@@ -116,7 +116,8 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     assert [frames.shape[2] for frames in video] == [1, 4]
 
     student, metadata = dit.load_dit(exported / "student.pt", "cpu", "student")
-    tokens = dit.text_input(metadata, ["a red circle moving left"])
+    tokens = dit.tokenize(["a red circle moving left"], metadata["vocabulary"],
+                          metadata["text_tokens"])
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
     picture = None
     if with_image:
@@ -226,9 +227,8 @@ def test_embeddings_of_your_own_are_what_the_text_encoder_reads(exported, tmp_pa
     own = dit.DiT(**student["config"] | dict(text_dim=6, text_tokens=4))
     for p in own.parameters():
         nn.init.normal_(p, std=0.1)
-    known = {name: torch.randn(4, 6) for name in ("clip one", "clip two")}
-    student |= dict(config=own.config, model=own.state_dict(), embeddings=known,
-                    captions=list(known))
+    student |= dict(config=own.config, model=own.state_dict(), text_tokens=4,
+                    captions=["clip one", "clip two"])
     common.save(tmp_path / "student.pt", **student)
     shutil.copy(exported / "vae.pt", tmp_path)
     export_coreml.main(["--run", str(tmp_path)])

@@ -124,6 +124,13 @@ def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys):
         assert "“clip two”" in (run / "report.html").read_text()
         assert Image.open(run / "compare.gif").width // 164 == columns
         (run / "windows.pt").unlink(missing_ok=True)
-    with pytest.raises(SystemExit) as stop:
-        evaluate(run, "--prompt", "clip three")
-    assert stop.value.code == 2 and "clip three" in capsys.readouterr().err
+    new = tmp_path / "three.npy"
+    asked = "--prompt", "clip three", "--out", str(tmp_path / "three.gif")
+    np.save(new, g.normal(size=(3, 6)))  # a caption that nobody trained on, and shorter
+    evaluate(run, *asked, "--embedding", str(new))
+    assert (tmp_path / "three.gif").exists()
+    np.save(new, g.normal(size=(3, 7)))
+    for more, word in ([], "clip three"), (["--embedding", str(new)], "6 channels"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate(run, *asked, *more)
+        assert stop.value.code == 2 and word in capsys.readouterr().err

@@ -26,6 +26,10 @@ def load_model(run, stage, steps=None, cfg=3.0):
     return sample.Model(run / f"{stage}.pt", CPU, torch.no_grad, steps, cfg)
 
 
+def prompts_of(model, n):
+    return dit.tokenize([CAPTION] * n, model.checkpoint["vocabulary"], 5)
+
+
 # ------------------------------------------------------------ the scores
 
 
@@ -131,7 +135,7 @@ def test_the_number_of_function_evaluations_is_counted_not_claimed(micro_run, st
     model = load_model(micro_run, stage)
     clips = []
     model.dit.register_forward_hook(lambda _, inputs, __: clips.append(len(inputs[0])))
-    model.sample(model.prompts([CAPTION] * 2), model.noise(2, 0))
+    model.sample(prompts_of(model, 2), model.noise(2, 0))
     assert sum(clips) / 2 == model.nfe == nfe
 
 
@@ -149,7 +153,7 @@ def test_a_student_takes_its_own_steps_unless_told_otherwise(micro_run):
 @pytest.mark.parametrize("stage, steps", [("dit", 40), ("student", 4)])
 def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stage, steps):
     model = load_model(micro_run, stage)
-    prompts = model.prompts([CAPTION])
+    prompts = prompts_of(model, 1)
     noise = model.noise(1, 0)
     trajectory = []
     x0 = model.sample(prompts, noise, trajectory=trajectory)
@@ -163,7 +167,7 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
 @pytest.mark.parametrize("stage", ["dit", "student"])
 def test_a_given_picture_stays_as_it_is_and_changes_what_follows(micro_run, stage):
     model = load_model(micro_run, stage)
-    prompts = model.prompts([CAPTION] * 2)
+    prompts = prompts_of(model, 2)
     noise = model.noise(2, 0)
     picture = torch.randn(2, *model.checkpoint["latent_shape"])[:, :, :1]
     x0 = model.sample(prompts, noise, picture)
@@ -230,8 +234,8 @@ def test_the_encoders_inverse_is_the_decoder(micro_run):
         def encode(self, x):
             return x, None
 
-        def decode(self, z):
-            return z
+        def stream(self, z):
+            return z.split(1, dim=2)
 
     clips = torch.rand(2, 8, 3, 4, 4)
     latents = dit.encode(Same(1, 1), checkpoint, clips, torch.no_grad)
