@@ -1,5 +1,5 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
-# make demo DATA=my_clips RUN=runs/mine    the same on your own clips: name.mp4 beside its caption in name.txt
+# make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md
 # make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
