@@ -16,7 +16,7 @@ Our reading: the four levels; the hinge loss; real and generated latents get the
 same low level s before they are judged; the shared modulation is frozen, too; the student does not
 hear the discriminator for some warm-up steps, or it outruns it; x0 is noised again between sampling
 steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG trajectory
-from the same x_t; an optional approximate R1 term.
+from the same x_t.
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
@@ -171,21 +171,15 @@ class Discriminator(nn.Module):
         return score_per_token.mean(dim=1).float()
 
 
-def discriminator_loss(discriminator, real, fake, s, noise, prompts, r1=0.0, r1_noise=None):
+def discriminator_loss(discriminator, real, fake, s, noise, prompts):
     """Hinge loss on real and generated latents [b, c, t, h, w] with the same noise at the same
-    level s [b]. r1: weight of an approximate R1 penalty (https://arxiv.org/abs/1801.04406): how
-    much a small r1_noise on the real ones changes their score. -> the loss, and the accuracy."""
+    level s [b]. -> the loss, and the accuracy."""
     real_s = add_noise(real, noise, s)
     fake_s = add_noise(fake, noise, s)
     x_s = torch.cat([real_s, fake_s])
     scores = discriminator(x_s, torch.cat([s, s]), torch.cat([prompts, prompts]))
     real_score, fake_score = scores.chunk(2)
     loss = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
-    if r1:
-        with torch.autocast(real.device.type, enabled=False):  # bfloat16 would measure rounding
-            undisturbed = discriminator(real_s, s, prompts)
-            disturbed = discriminator(real_s + 0.01 * r1_noise, s, prompts)
-        loss = loss + r1 * (disturbed - undisturbed).square().mean() / 0.01 ** 2
     accuracy = ((real_score > 0).float().mean() + (fake_score < 0).float().mean()) / 2
     return loss, accuracy
 
@@ -212,7 +206,6 @@ def parse_arguments(argv):
     p.add_argument("--adversarial", type=number(0), default=0.03, help="weight of the adversary")
     p.add_argument("--distillation", type=number(0), default=1.0,
                    help="weight of the distillation term")
-    p.add_argument("--r1", type=number(0), default=0.0, help="weight of the approximate R1 penalty")
     p.add_argument("--cfg", type=number(0), default=3.0,
                    help="classifier-free guidance scale of the teacher")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher for a target")
@@ -290,8 +283,7 @@ def main(argv=None):
         s = logit_normal(b, g, args.d_noise_level)[SHARE]
         frames = real.shape[2]
         s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
-        r1_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
-        return real, prompts, noise, t, s, s_noise, r1_noise
+        return real, prompts, noise, t, s, s_noise
 
     loop = Loop("distill", args, settings, args.steps, device, draw, student=student,
                 discriminator=discriminator, ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
@@ -303,13 +295,13 @@ def main(argv=None):
         if args.adversarial:
             discriminator.zero_grad()
             for fraction, part in micro_batches(batch, args.accumulate):
-                real, prompts, noise, t, s, s_noise, r1_noise = part
+                real, prompts, noise, t, s, s_noise = part
                 x_t = add_noise(real, noise, t)
                 with precision(), torch.no_grad():
                     fake = predict(student, x_t, t, student.text_encoder(prompts))
                 with precision():
                     d_loss, accuracy = discriminator_loss(discriminator, real, fake, s, s_noise,
-                                                          prompts, args.r1, r1_noise)
+                                                          prompts)
                 (fraction * d_loss).backward()
                 loop.log(hinge=fraction * d_loss, d_accuracy=fraction * accuracy)
             average_gradients(discriminator.parameters(), args.batch_size)
@@ -319,7 +311,7 @@ def main(argv=None):
         # The student's step, towards the teacher's outcome and against the new discriminator.
         student.zero_grad()
         for fraction, part in micro_batches(batch, args.accumulate):
-            real, prompts, noise, t, s, s_noise, _ = part
+            real, prompts, noise, t, s, s_noise = part
             x_t = add_noise(real, noise, t)
             loss = 0.0
             with precision():

@@ -180,7 +180,7 @@ NUMBERS = {  # flags that take a number of at least 0
     "vae": "--steps --batch-size --stride --clips --width --lr --kl --ema --save-every",
     "dit": "--width --depth --heads --head-dim --ffn --lr --cfg-dropout",
     "prune": "--mask-steps --mask-lr", "sample": "--sampling-steps --fps --score --cfg",
-    "distill": "--teacher-steps --d-lr --adversarial --distillation --r1 --frozen-blocks"}
+    "distill": "--teacher-steps --d-lr --adversarial --distillation --frozen-blocks"}
 FLAGS = [(name, f"{flag}={value}") for name, flags in NUMBERS.items()
          for flag in flags.split() for value in ("-1", "nan", "99999999999", "much")]
 FLAGS += [(name, f"{flag}=0") for name in MICRO for flag in ("--steps", "--batch-size", "--lr")]
