@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 import zipfile
 import zlib
 from pathlib import Path
@@ -48,6 +49,8 @@ def say(message):
 
 def fail(message):
     """Ends the script with one line and exit status 2."""
+    if not FIRST:
+        print(f"error in process {RANK}: {message}", file=sys.stderr)
     say(f"error: {message}")
     sys.exit(2)
 
@@ -179,7 +182,7 @@ def set_up(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1 and name == "cuda":
+    if WORLD > 1 and name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -189,7 +192,7 @@ def set_up(args):
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # A process may wait for as long as the first one encodes the data set.
+        # A process may wait for as long as the first one reads clips.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)
@@ -207,12 +210,7 @@ def set_up(args):
 def product_seconds(dtype):
     """The least of a few times that a product of matrices takes on the CPU."""
     x = torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        x @ x
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: x @ x, number=1, repeat=10))
 
 
 def progress(items=None, **how):
@@ -279,7 +277,9 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
             updates.setdefault(p.shape, []).append((p, update.flatten(1)))
@@ -364,7 +364,7 @@ def print_memory(args, fixed, kept, kept_checkpointing):
     for flag, per_clip in (("", kept), (" --gradient-checkpointing", kept_checkpointing)):
         clips = int(room / per_clip)
         if clips >= args.batch_size:
-            answers.append(f"fits{flag and ' with'}{flag}")
+            answers.append(f"fits with{flag}" if flag else "fits")
         elif clips >= 1:
             parts = math.ceil(args.batch_size / clips)
             answers.append(f"fits with --accumulate {parts}{flag}")
@@ -426,11 +426,12 @@ def load(path, *stages):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a wrong checksum")
+        is_data = "latents" in stages  # maybe larger than memory; no other file stays open
         sharing = contextlib.nullcontext()
-        if "latents" in stages and sys.platform != "win32":  # only read, and larger than memory
+        if is_data and sys.platform != "win32":  # a private mapping would count as memory
             sharing = torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
         with sharing:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_data)
         stage = checkpoint["stage"]
         checkpoint["settings"]  # KeyError: not of this program
     if stage not in stages:
@@ -567,10 +568,11 @@ class Loop:
 
     def remaining_steps(self):
         on_gpu = self.device.type == "cuda"
+        workers = 4 if on_gpu and hasattr(os, "fork") else 0
         # The data set is the numbers of the steps; collate_fn draws one step's batch.
         batches = DataLoader(range(self.step, self.steps), batch_size=None, collate_fn=self.draw,
-                             num_workers=4 if on_gpu else 0, pin_memory=on_gpu,
-                             multiprocessing_context="fork" if on_gpu else None)
+                             num_workers=workers, pin_memory=on_gpu,
+                             multiprocessing_context="fork" if workers else None)
         look_every = 20 if self.args.save_every else 1  # reading a loss waits for the device
         bar = progress(total=self.steps, initial=self.step, desc=self.stage)
         last = time.monotonic()

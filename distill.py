@@ -79,15 +79,15 @@ def student_times(steps, shift=3.0):
 
 
 @torch.no_grad()
-def sample_student(dit, noise_per_step, prompts, picture=None, trajectory=None):
+def sample_student(dit, noise_per_step, prompts, first_frame=None, trajectory=None):
     """One jump to x0 per step, and noise again in between, to the next level. No guidance: one
     function evaluation per step. noise_per_step: [steps, b, c, t, h, w]. -> x0 [b, c, t, h, w].
-    picture, trajectory: as in sample_euler."""
+    first_frame, trajectory: as in sample_euler."""
     text = dit.text_encoder(prompts)
-    x0, share = start_of(noise_per_step[0], picture)  # but for it x0 weighs nothing at t = 1
+    x0, is_free = start_of(noise_per_step[0], first_frame)  # at t = 1 the rest weighs nothing
     for t, noise in zip(student_times(len(noise_per_step)).tolist(), noise_per_step):
-        x_t = add_noise(x0, noise, t * share)
-        x0 = predict_x0(dit, x_t, t * share, text)
+        x_t = add_noise(x0, noise, t * is_free)
+        x0 = predict_x0(dit, x_t, t * is_free, text)
         if trajectory is not None:
             trajectory.append((t, x_t, x0))
     return x0
@@ -268,6 +268,7 @@ def main(argv=None):
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
     discriminator.parser.gradient_checkpointing = args.gradient_checkpointing
+    del start
     ema = average_weights(student, args)
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
     d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
@@ -279,7 +280,7 @@ def main(argv=None):
         b = args.batch_size
         real, prompts, noise, t = data.draw(g, b, 0.0, args.image_share, args.picture_share)
         level = times[torch.randint(len(times), (b,), generator=g)][SHARE]
-        t = torch.where(t > 0, level[:, None], 0)  # a given picture keeps its 0
+        t = torch.where(t > 0, level[:, None], 0)  # a given frame keeps its 0
         s = logit_normal(b, g, args.d_noise_level)[SHARE]
         frames = real.shape[2]
         s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
@@ -343,7 +344,7 @@ def main(argv=None):
     for name, values in loop.history.items():
         metrics[name] = sum(values[-20:]) / len(values[-20:])
     if args.adversarial:  # no later stage reads it
-        save(args.discriminator, stage="discriminator", config=dict(dit=start.config, **design),
+        save(args.discriminator, stage="discriminator", config=dict(dit=student.config, **design),
              model=discriminator.state_dict(), metrics=metrics, settings=settings)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(),
          metrics=metrics, settings=settings, history=loop.history, timesteps=times.tolist(),

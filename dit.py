@@ -352,9 +352,11 @@ def logit_normal(n, generator, mean=0.0):
 
 
 def velocity_loss(velocity, target, t):
-    """Mean squared error over the latent frames that have noise, t > 0."""
+    """Mean squared error over the latent frames that have noise, t > 0; of each clip, then over
+    clips, so that parts of a batch add up."""
     is_noisy = (per_frame(t) > 0).expand_as(target)
-    return ((velocity.float() - target).square() * is_noisy).sum() / is_noisy.sum()
+    error = (velocity.float() - target).square() * is_noisy
+    return (error.sum((1, 2, 3, 4)) / is_noisy.sum((1, 2, 3, 4))).mean()
 
 
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
@@ -375,30 +377,30 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
     return unconditional + cfg * (conditional - unconditional)
 
 
-def start_of(noise, picture):
-    """What sampling starts from: clean latents x0, zero but for the picture, and the share of the
-    noise level that each latent frame has, [b, frames], 0 for the picture. noise: [b, c, t, h, w];
-    picture: None, or a first latent frame [b, c, 1, h, w] that stays as it is."""
+def start_of(noise, first_frame):
+    """What sampling starts from: clean latents x0, zero but for a given first frame, and which
+    latent frames are free, [b, frames], 0 or 1. noise: [b, c, t, h, w]; first_frame: None, or
+    [b, c, 1, h, w], which stays as it is."""
     x0 = torch.zeros_like(noise)
-    share = torch.ones(len(noise), noise.shape[2], device=noise.device)
-    if picture is not None:
-        x0[:, :, :1] = picture
-        share[:, 0] = 0
-    return x0, share
+    is_free = torch.ones(len(noise), noise.shape[2], device=noise.device)
+    if first_frame is not None:
+        x0[:, :, :1] = first_frame
+        is_free[:, 0] = 0
+    return x0, is_free
 
 
 @torch.no_grad()
-def sample_euler(dit, noise, prompts, steps, cfg, picture=None, trajectory=None):
-    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0. picture:
-    as in start_of. trajectory: a list that gets, of each step, t, x_t, and the clean x0 to which
-    the velocity points."""
+def sample_euler(dit, noise, prompts, steps, cfg, first_frame=None, trajectory=None):
+    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0.
+    first_frame: as in start_of. trajectory: a list that gets, of each step, t, x_t, and the clean
+    x0 to which the velocity points."""
     text = dit.text_encoder(prompts)
     empty = dit.text_encoder(torch.full_like(prompts, PAD))
-    x0, share = start_of(noise, picture)
-    x = add_noise(x0, noise, share)
+    x0, is_free = start_of(noise, first_frame)
+    x = add_noise(x0, noise, is_free)
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times, times[1:]):
-        velocity = per_frame(share) * guided_velocity(dit, x, t * share, text, empty, cfg)
+        velocity = per_frame(is_free) * guided_velocity(dit, x, t * is_free, text, empty, cfg)
         if trajectory is not None:
             trajectory.append((t.item(), x, x - t * velocity))
         x = x + (t_next - t) * velocity
@@ -438,8 +440,8 @@ class Latents:
                 vocabulary=["<pad>", *sorted(set(words(" ".join(known))))],
                 text_tokens=text_tokens, captions=known,
                 held_out_captions=self.checkpoint["held_out_captions"],
-                latent_shape=list(self.latents.shape[1:]), latent_mean=self.checkpoint["mean"],
-                latent_std=self.checkpoint["std"], vae_checksum=self.checkpoint["vae_checksum"])
+                latent_shape=list(self.latents.shape[1:]),
+                vae_checksum=self.checkpoint["vae_checksum"])
             self.number_of = {caption: i for i, caption in enumerate(known)}
             self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
             self.embeddings = embeddings
@@ -463,22 +465,20 @@ class Latents:
     def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0, picture_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
         empty for CFG (embeddings of your own: zeros); noise, as x0; t [b, frames], alike but for
-        the first one of an image_share of the clips, which is 0: given, as a picture to go on
-        from. A picture_share of the batches are pictures: the first latent frames alone."""
+        the first one of an image_share of the clips, which is 0: given, to go on from. A
+        picture_share of the batches are pictures: the first latent frames alone."""
         picked = torch.randint(len(self.train), (batch_size,), generator=generator)[SHARE]
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
         t = t[:, None].repeat(1, noise.shape[2])
-        has_picture = torch.rand(batch_size, generator=generator)[SHARE] < image_share
-        x0 = self.x0(picked)
-        if torch.rand((), generator=generator) < picture_share:
-            x0, noise, t = x0[:, :, :1], noise[:, :, :1], t[:, :1]
-        else:
-            t[has_picture, 0] = 0
+        is_given = torch.rand(batch_size, generator=generator)[SHARE] < image_share
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = PAD
-        return x0, prompts, noise, t
+        if torch.rand((), generator=generator) < picture_share:
+            return self.x0(picked)[:, :, :1], prompts, noise[:, :, :1], t[:, :1]
+        t[is_given, 0] = 0
+        return self.x0(picked), prompts, noise, t
 
 
 def load_dit(path, device, *stages):
@@ -491,15 +491,12 @@ def load_dit(path, device, *stages):
 
 
 @torch.no_grad()
-def decode(vae, metadata, x0, precision, batch=32):
-    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. metadata: a checkpoint's,
-    or that of `Latents`. Streamed: the device never holds a long clip."""
-    device = next(vae.parameters()).device
-    mean = metadata["latent_mean"].view(-1, 1, 1, 1)
-    std = metadata["latent_std"].view(-1, 1, 1, 1)
+def decode(vae, x0, precision, batch=32):
+    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. Streamed: the device
+    never holds a long clip."""
     clips = []
-    for part in x0.cpu().split(batch):
-        z = (part * std + mean).to(device)
+    for part in x0.split(batch):
+        z = part.to(vae.latent_mean.device) * vae.latent_std + vae.latent_mean
         with precision():
             pieces = [frames.float().clamp(-1, 1).cpu() for frames in vae.stream(z)]
         clips.append(torch.cat(pieces, dim=2))
@@ -507,14 +504,11 @@ def decode(vae, metadata, x0, precision, batch=32):
 
 
 @torch.no_grad()
-def encode(vae, metadata, clips, precision):
+def encode(vae, clips, precision):
     """The inverse: clips [b, 3, t, h, w] in [-1, 1] -> normalised latents on the CPU."""
-    device = next(vae.parameters()).device
     with precision():
-        latents, _ = vae.encode(clips.to(device))
-    mean = metadata["latent_mean"].view(-1, 1, 1, 1)
-    std = metadata["latent_std"].view(-1, 1, 1, 1)
-    return (latents.float().cpu() - mean) / std
+        latents, _ = vae.encode(clips.to(vae.latent_mean.device))
+    return ((latents.float() - vae.latent_mean) / vae.latent_std).cpu()
 
 
 # ------------------------------------------------------------ what a size costs

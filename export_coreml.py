@@ -9,7 +9,7 @@ throughout, iOS 18, fixed shapes, no tensor of more than five dimensions.
     generator      4      x_t [1, c, t, h, w], t, text      x0 [1, c, t, h, w]
     decoder_first  1      latent [1, c, 1, h, w]            frames [1, 3, 1, height, width], caches
     decoder        t - 1  latent, caches                    frames [1, 3, rt, height, width], caches
-    image_encoder  0, 1   image [1, 3, 1, height, width]    picture [1, c, 1, h, w]
+    image_encoder  0, 1   image [1, 3, 1, height, width]    first_frame [1, c, 1, h, w]
 
 Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
 it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
@@ -117,17 +117,15 @@ class ImageEncoder(nn.Module):
     """A picture in [0, 1] -> its latent frame, normalised: where x0 starts, for image-to-video."""
 
     inputs = ["image"]
-    outputs = ["picture"]
+    outputs = ["first_frame"]
 
-    def __init__(self, vae, checkpoint):
+    def __init__(self, vae):
         super().__init__()
         self.vae = vae
-        self.register_buffer("mean", checkpoint["latent_mean"].view(-1, 1, 1, 1))
-        self.register_buffer("std", checkpoint["latent_std"].view(-1, 1, 1, 1))
 
     def forward(self, image):
         latent, _ = self.vae.encode(image * 2 - 1)
-        return (latent - self.mean) / self.std
+        return (latent - self.vae.latent_mean) / self.vae.latent_std
 
 
 class Decoder(nn.Module):
@@ -135,11 +133,9 @@ class Decoder(nn.Module):
     [0, 1], and what to keep for the next. The first differs in shapes: it has nothing before it,
     and is one frame. The latents' mean and std are inside."""
 
-    def __init__(self, vae, checkpoint, is_first):
+    def __init__(self, vae, is_first):
         super().__init__()
         self.vae = vae
-        self.register_buffer("mean", checkpoint["latent_mean"].view(-1, 1, 1, 1))
-        self.register_buffer("std", checkpoint["latent_std"].view(-1, 1, 1, 1))
         blocks = sum(isinstance(layer, ResBlock) for layer in vae.decoder)
         caches = [f"cache_{i}" for i in range(blocks)]
         self.inputs = ["latent"] if is_first else ["latent", *caches]
@@ -148,7 +144,8 @@ class Decoder(nn.Module):
 
     def forward(self, latent, *caches):
         caches = list(caches)
-        frames = self.vae.decode_next(latent * self.std + self.mean, caches)  # in [-1, 1]
+        z = latent * self.vae.latent_std + self.vae.latent_mean
+        frames = self.vae.decode_next(z, caches)  # in [-1, 1]
         return (frames / 2 + 0.5).clamp(0, 1), *caches
 
 
@@ -159,10 +156,10 @@ def programs(dit, vae, checkpoint):
     dit.text_encoder.inputs = ["embedding" if dit.config["text_dim"] else "words"]
     dit.text_encoder.outputs = ["text"]
     modules = {"text_encoder": dit.text_encoder, "generator": Generator(dit),
-               "decoder_first": Decoder(vae, checkpoint, is_first=True),
-               "decoder": Decoder(vae, checkpoint, is_first=False)}
+               "decoder_first": Decoder(vae, is_first=True),
+               "decoder": Decoder(vae, is_first=False)}
     if checkpoint["settings"]["image_share"]:
-        modules["image_encoder"] = ImageEncoder(vae, checkpoint)
+        modules["image_encoder"] = ImageEncoder(vae)
     return modules
 
 
@@ -388,16 +385,18 @@ def describe(args, checkpoint, folder, names):
                      f"padded with {PAD}")
     return dict(
         packages=packages,
-        order="keep tensors by name: give a package those that it asks for, keep what comes out, "
-              "next_NAME as NAME. Once text_encoder. Then x0 = 0, and for each level of timesteps: "
-              "t = level for every latent frame, fresh standard normal noise, x_t = (1 - t) * x0 "
-              "+ t * noise, and generator. To go on from an image, image_encoder first: picture is "
-              "x0's first latent frame from the start, and t there always 0. Then "
-              "for each i of x0's third axis: latent = x0[:, :, i:i+1], and decoder_first if i is "
-              "0, else decoder: the next frames of the video",
+        order=["keep tensors by name: give a package those that it asks for, keep what comes "
+               "out, next_NAME as NAME",
+               "text_encoder, once",
+               "x0 = 0; to go on from an image: image_encoder, and first_frame is x0's first "
+               "latent frame",
+               "for each level of timesteps: t = level for every latent frame, but 0 for a given "
+               "first one; fresh standard normal noise; x_t = (1 - t) * x0 + t * noise; generator",
+               "for each i of x0's third axis: latent = x0[:, :, i:i+1]; decoder_first if i is 0, "
+               "else decoder: the next frames of the video"],
         timesteps=checkpoint["timesteps"], latent_shape=checkpoint["latent_shape"],
         latent_note="mean and std are inside the decoders: give them the generator's x0 as it is",
-        frames_note="and image: [1, red green blue, frames, height, width], values in [0, 1]",
+        pixels_note="image, frames: [1, red green blue, frames, height, width], in [0, 1]",
         captions=checkpoint["captions"], precision="float16", ffn_tiles=args.ffn_tiles,
         minimum_deployment_target="iOS 18", **text)
 
@@ -422,8 +421,9 @@ def publish(folder, out):
     """Puts a finished export in the place of an old one. The old manifest goes first and the new
     one comes last: a kill in between leaves packages without a manifest, never with a wrong one."""
     (out / "manifest.json").unlink(missing_ok=True)
+    for old in out.glob("*.mlpackage"):
+        shutil.rmtree(old)
     for new in folder.glob("*.mlpackage"):
-        shutil.rmtree(out / new.name, ignore_errors=True)
         new.replace(out / new.name)
     (folder / "manifest.json").replace(out / "manifest.json")
 
@@ -436,7 +436,7 @@ def sample_packages(manifest, call, prompts, noise_per_step, image=None):
     alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]; image:
     None, or [1, 3, 1, height, width] in [0, 1]. -> the video [1, 3, frames, height, width] in
     [0, 1]"""
-    values = {"image": image, "picture": None}
+    values = {"image": image, "first_frame": None}
     for name in manifest["packages"]["text_encoder"]["inputs"]:
         values[name] = prompts
 
@@ -447,9 +447,9 @@ def sample_packages(manifest, call, prompts, noise_per_step, image=None):
     run("text_encoder")
     if image is not None:
         run("image_encoder")
-    values["x0"], share = start_of(noise_per_step[0], values["picture"])
+    values["x0"], is_free = start_of(noise_per_step[0], values["first_frame"])
     for level, noise in zip(manifest["timesteps"], noise_per_step):
-        values["t"] = level * share
+        values["t"] = level * is_free
         values["x_t"] = add_noise(values["x0"], noise, values["t"])
         run("generator")
     video = []
@@ -488,13 +488,13 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
     shape = len(manifest["timesteps"]), 1, *checkpoint["latent_shape"]
     noise_per_step = torch.randn(shape, generator=g)
     image = None
-    picture = None
+    first_frame = None
     if "image_encoder" in saved:
         image = torch.rand(saved["image_encoder"].inputs["image"].shape, generator=g)
-        picture = modules["image_encoder"](image)
+        first_frame = modules["image_encoder"](image)
     video = sample_packages(manifest, compared_call, prompts, noise_per_step, image)
-    x0 = sample_student(dit, noise_per_step, prompts, picture)
-    whole = vae.decode(x0 * modules["decoder"].std + modules["decoder"].mean)
+    x0 = sample_student(dit, noise_per_step, prompts, first_frame)
+    whole = vae.decode(x0 * vae.latent_std + vae.latent_mean)
     reference = (whole / 2 + 0.5).clamp(0, 1)
     psnr = -10 * (video - reference).square().mean().log10().item()
 
@@ -536,7 +536,6 @@ def random_student(preset, seed):
     vae = VAE(ratio, channels, of_vae["width"], of_vae["res_blocks"], of_vae["patch"])
     checkpoint = dict(
         latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
-        latent_mean=torch.zeros(channels), latent_std=torch.ones(channels),
         vocabulary=["<pad>", *words(caption)], text_tokens=5, config=dit.config,
         captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.2))
     return dit.eval().requires_grad_(False), checkpoint, vae.eval().requires_grad_(False)
@@ -580,8 +579,6 @@ def main(argv=None):
             export(args, modules, checkpoint, prompts, folder)
             metrics = prove(args, dit, vae, checkpoint, prompts, folder)
             publish(folder, args.out)
-        except OSError as error:
-            fail(f"{args.out} cannot be used: {error}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     record_metrics(args.run, "export", metrics)

@@ -30,11 +30,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from common import (FROZEN_BYTES, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, average_weights, check_settings, checksum, count_parameters,
-                    fail, finish, make_parser, micro_batches, number, positive, print_memory,
-                    progress, run_script, save, set_up, settings_of, step_generator, steps_of,
-                    stop_if_done, warmup_cosine)
+from common import (FROZEN_BYTES, TRAINED_BYTES, WORLD, Loop, Optimizer, add_file,
+                    add_training_flags, average_gradients, average_weights, check_settings,
+                    checksum, count_parameters, fail, finish, make_parser, micro_batches, number,
+                    positive, print_memory, progress, run_script, save, set_up, settings_of,
+                    step_generator, steps_of, stop_if_done, warmup_cosine)
 from dit import (DiT, Latents, add_image_share, add_noise, flow_loss, kept_bytes, load_dit,
                  planned_config, planned_tokens, print_cost, velocity_loss)
 
@@ -221,8 +221,9 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
         batch = data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
-    scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
-                         args.accumulate)
+    with precision():
+        scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
+                             args.accumulate)
     masks = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     student.gradient_checkpointing = args.gradient_checkpointing
@@ -289,7 +290,7 @@ def recover(args, settings, data, teacher, dense, kept_blocks, device, precision
 def largest_difference(dense, student, masks, data):
     """Between the velocities of the dense model and of its masked parent, on one batch."""
     device = masks["ffn"].device
-    batch = data.draw(step_generator("difference"), batch_size=8)
+    batch = data.draw(step_generator("difference"), batch_size=8 * WORLD)
     x_t, prompts, _, t = [x.to(device) for x in batch]  # x0, used as it is
     masked = student(x_t, t, student.text_encoder(prompts), masks)
     return (dense(x_t, t, dense.text_encoder(prompts)) - masked).abs().max().item()
@@ -347,7 +348,7 @@ def print_costs(args):
     pruned_params = print_cost("pruned", config | kept_sizes(args, config), n)
     print(f"  pruned to {pruned_params / params:.1%} of the parameters")
     teacher_features = 4 * config["depth"] * n * config["width"]
-    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES) * params,
+    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES - 4) * params,  # no average of the weights
                  kept_bytes(config, n, False) + teacher_features,
                  kept_bytes(config, n, True) + teacher_features)
 
@@ -375,6 +376,8 @@ def main(argv=None):
     dense = cut(student, masks)
     dense.gradient_checkpointing = args.gradient_checkpointing
     difference = largest_difference(dense, student, masks, data)
+    mask_loop.state.clear()  # memory, as large as all that follows
+    del student
     model, loop = recover(args, settings, data, teacher, dense, kept_blocks, device, precision)
 
     params = count_parameters(dense)

@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common import (add_device_flags, add_file, count_parameters, fail, load, make_parser,
-                    not_negative, number, positive, progress, read_metrics, reading, record_metrics,
-                    run_script, say, set_up, size, step_generator, write_atomically)
+from common import (add_device_flags, add_file, check_settings, count_parameters, fail, load,
+                    make_parser, not_negative, number, positive, progress, read_metrics, reading,
+                    record_metrics, run_script, say, set_up, size, step_generator, write_atomically)
 from distill import sample_student
 from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler, tokenize,
                  words)
@@ -82,42 +82,45 @@ class Model:
             clips.append(torch.randn(shape, generator=g))
         return torch.stack(clips, dim=1).to(self.device)
 
-    def sample(self, prompts, noise, picture=None, trajectory=None):
-        """-> normalised latents [b, c, t, h, w]. picture, trajectory: as in sample_euler."""
+    def sample(self, prompts, noise, first_frame=None, trajectory=None):
+        """-> normalised latents [b, c, t, h, w]. first_frame, trajectory: as in sample_euler."""
         with self.precision():
             if self.is_student:
-                return sample_student(self.dit, noise, prompts, picture, trajectory)
-            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, picture,
+                return sample_student(self.dit, noise, prompts, first_frame, trajectory)
+            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, first_frame,
                                 trajectory)
 
-    def make(self, prompts, seed, picture=None, batch=48):
+    def make(self, prompts, seed, first_frame=None, batch=48):
         """-> normalised latents [n, c, t, h, w] on the CPU, and the median over batches of seconds
-        per clip. prompts: what the text encoder reads, [n, words, ...]; picture: None, or the first
-        latent frames of the clips, [n or 1, c, 1, h, w]."""
+        per clip. prompts: what the text encoder reads, [n, words, ...]; first_frame: None, or
+        the first latent frames of the clips, [n or 1, c, 1, h, w]."""
         n = len(prompts)
         prompts = prompts.to(self.device)
         noise = self.noise(n, seed)
         x0 = []
         seconds = []
-        if picture is not None:
-            picture = picture.to(self.device).expand(n, -1, -1, -1, -1)
+        if first_frame is not None:
+            first_frame = first_frame.to(self.device).expand(n, -1, -1, -1, -1)
         for i in progress(range(0, n, batch), desc=f"{STAGES[self.stage]}, {n} clips"):
             start = time.perf_counter()
-            given = None if picture is None else picture[i:i + batch]
+            given = None if first_frame is None else first_frame[i:i + batch]
             latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch], given)
             x0.append(latents.cpu())  # waits for the device
             seconds.append((time.perf_counter() - start) / len(x0[-1]))
         return torch.cat(x0), float(np.median(seconds))
 
 
-def models_of(args, device, precision):
+def models_of(args, data, device, precision):
     """The checkpoints that the run has. --sampling-steps is not for a student: it learned its
     own."""
     for stage in STAGES:
         path = args.run / f"{stage}.pt"
         if path.exists():
             steps = None if stage == "student" else args.sampling_steps
-            yield Model(path, device, precision, steps, args.cfg)
+            model = Model(path, device, precision, steps, args.cfg)
+            check_settings(path, model.checkpoint["settings"],
+                           dict(latents_checksum=data.checksum))
+            yield model
         else:
             say(f"{path} is not there, so left out")
 
@@ -184,13 +187,17 @@ def measure(clips):
     return torch.where(is_visible, torch.stack([color, shape, direction], dim=1), -1)
 
 
+def shape_number(caption):
+    return [name in words(caption) for name in SHAPES].index(True)
+
+
 def outline_iou(clips, captions):
     """How well the subject fills the outline that the caption asks for: intersection over union
     with the ideal shape where that fits best, mean over frames. clips: [b, 3, t, h, w] of `shapes`
     -> [b] in [0, 1]"""
     mask = subject_mask(clips)
     b, _, h, w = mask.shape
-    asked = [[i for i, name in enumerate(SHAPES) if name in words(c)][0] for c in captions]
+    asked = [shape_number(caption) for caption in captions]
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
 
     def overlap(fit):
@@ -208,9 +215,9 @@ def outline_iou(clips, captions):
     for step in (0.2, 0.2, 0.1, 0.1, 0.05, 0.05, 0.02, 0.02):  # of the radius
         for move in [*torch.eye(3), *-torch.eye(3)]:
             candidate = fit + step * move * fit[..., 2:]
-            score = overlap(candidate)
-            fit = torch.where((score > best)[..., None], candidate, fit)
-            best = torch.maximum(score, best)
+            new = overlap(candidate)
+            fit = torch.where((new > best)[..., None], candidate, fit)
+            best = torch.maximum(new, best)
     return best.mean(1)
 
 
@@ -320,18 +327,16 @@ def score_clips(x0, captions, data, vae, precision, batch=32):
     features = []
     for start in range(0, len(x0), batch):
         part = x0[start:start + batch]
-        clips = decode(vae, data.metadata, part, precision)
+        of_part = captions[start:start + batch]
+        clips = decode(vae, part, precision)
         features.append(fixed_features(clips))
-        for verdict in judge(captions[start:start + batch], clips, part, data):
+        for clip, caption, verdict in zip(clips.split(1), of_part,
+                                          judge(of_part, clips, part, data)):
             row = {aspect: float(right) for aspect, (right, _) in verdict.items()}
             row["text_alignment"] = min(row.values())  # all of them right
-            rows.append(row)
-        for row, clip in zip(rows[start:], clips.split(1)):
-            row.update(motion_scores(clip, data.on_shapes))
-        if data.on_shapes:
-            overlaps = outline_iou(clips, captions[start:start + batch]).tolist()
-            for row, overlap in zip(rows[start:], overlaps):
-                row["outline_iou"] = overlap
+            if data.on_shapes:
+                row["outline_iou"] = outline_iou(clip, [caption]).item()
+            rows.append(row | motion_scores(clip, data.on_shapes))
     return rows, torch.cat(features)
 
 
@@ -344,7 +349,7 @@ def score(args, device, precision):
     seen ones; and training clips through the VAE alone: the ceiling of the scores."""
     data = Latents(args.latents)
     vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
-    models = list(models_of(args, device, precision))
+    models = list(models_of(args, data, device, precision))
     if not models:
         fail(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
     seen_captions = data.metadata["captions"]
@@ -520,13 +525,13 @@ def side_by_side(args, data, vae, models, captions, precision):
     index = {caption: i for i, caption in enumerate(data.captions + data.test_captions)}
     indices = [index[caption] for caption in captions]  # the last clip wins, a test clip
     real = data.x0(indices)
-    columns = {"reconstruction": (decode(vae, data.metadata, real, precision), real)}
+    columns = {"reconstruction": (decode(vae, real, precision), real)}
     clips = input_clips(data, indices)
     if clips is not None:
         columns = {"input": (clips, real)} | columns
     for model in models:
         x0, _ = model.make(data.prompts_of(captions), args.seed)
-        columns[STAGES[model.stage]] = decode(vae, data.metadata, x0, precision), x0
+        columns[STAGES[model.stage]] = decode(vae, x0, precision), x0
     rows = [[] for _ in captions]
     for name, (clips, x0) in columns.items():
         verdicts = judge(captions, clips, x0, data)
@@ -549,7 +554,7 @@ def from_noise(args, data, vae, models, caption, precision):
         shown = min(8, len(trajectory))
         for i in np.linspace(0, len(trajectory) - 1, shown).round().astype(int):
             t, *latents = trajectory[i]
-            x_t, x0 = decode(vae, data.metadata, torch.cat(latents), precision)
+            x_t, x0 = decode(vae, torch.cat(latents), precision)
             both = torch.cat([x_t, x0], dim=2)  # one above the other
             middle = both[:, both.shape[1] // 2][:, None]
             row.append(cell(middle, f"{STAGES[model.stage]} step {i + 1}, t={t:.2f}", width=96))
@@ -568,7 +573,6 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
     "shape": ("shape, %", 100),
     "direction": ("direction, %", 100),
     "outline_iou": ("outline IoU, %", 100),
-    "nearest training clip": ("nearest training clip, %", 100),
     "held_out_alignment": ("unseen combinations, %", 100),
     "validation_loss": ("validation loss", 1),
     "subject_consistency": ("subject consistency", 1),
@@ -579,7 +583,7 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
 
 
 def score_table(metrics):
-    """-> rows of texts: the figures that are there, by the names of the README."""
+    """-> rows of texts: the figures that are there, in words and units to read."""
     columns = {STAGES[stage]: scores for stage, scores in metrics.get("score", {}).items()}
     if "data" in metrics:
         columns["data"] = metrics["data"]
@@ -599,7 +603,7 @@ def report(args, device, precision):
     not have is left out with a word."""
     data = Latents(args.latents)
     vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
-    models = list(models_of(args, device, precision))
+    models = list(models_of(args, data, device, precision))
     seen = sorted(set(data.captions))
     unseen = data.checkpoint["held_out_captions"]
     captions = [seen[37 * i % len(seen)] for i in range(4)]  # 37 spreads over all aspects
@@ -656,6 +660,8 @@ def read_prompts(args, checkpoint):
     """What the text encoder reads for --prompt: [prompts, words] or [prompts, tokens, dim]."""
     m = checkpoint["text_tokens"]
     dim = checkpoint["config"]["text_dim"]
+    if args.embedding and not (dim and args.embedding.is_file()):
+        fail(f"--embedding {args.embedding} is no file, or {args.model} reads words")
     if not dim:
         return tokenize(args.prompt, checkpoint["vocabulary"], m)
     if args.embedding is None:
@@ -682,17 +688,17 @@ def make_clips(args, device, precision):
     model.latent_shape = channels, *latent_size(clip_size, vae.config["ratio"])
     if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
         fail(f"{args.model} cannot go on from a picture: train it with --image-share 0.2")
-    picture = None
-    if args.image:
-        given = read_picture(args.image, *clip_size[1:])
-        picture = encode(vae, model.checkpoint, given, precision)
     prompts = read_prompts(args, model.checkpoint)
+    last = read_picture(args.image, *clip_size[1:]) if args.image else None
     stretches = []
     for i in range(1 + args.stretches):
-        x0, _ = model.make(prompts, args.seed + 1000 * i, picture)
-        clips = decode(vae, model.checkpoint, x0, precision)
+        first_frame = None
+        if last is not None:
+            first_frame = encode(vae, last, precision)
+        x0, _ = model.make(prompts, args.seed + 1000 * i, first_frame)
+        clips = decode(vae, x0, precision)
+        last = clips[:, :, -1:]
         stretches.append(clips[:, :, 1:] if stretches else clips)
-        picture = encode(vae, model.checkpoint, clips[:, :, -1:], precision)
     clips = torch.cat(stretches, dim=2)
     cells = [cell(clip, prompt) for clip, prompt in zip(clips, args.prompt)]
     columns = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))
@@ -728,7 +734,7 @@ def main(argv=None):
     p.add_argument("--report", action="store_true", help="write report.html and its pictures")
     add_file(p, "--model", "student.pt", "checkpoint to sample from: dit.pt, pruned.pt, student.pt")
     add_file(p, "--vae", "vae.pt", "the autoencoder, from vae.py")
-    add_file(p, "--latents", "latents.pt", "the data set, from vae.py, for --score and --report")
+    add_file(p, "--latents", "latents.pt", "the data set, from vae.py, where it is needed")
     add_file(p, "--out", "sample.mp4", "an mp4, a gif, or a png with all frames")
     add_device_flags(p)
     args = p.parse_args(argv)

@@ -104,8 +104,9 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x, caches=None, is_first=True):
         k = self.kernel_size[0]
-        frames_before = [x[:, :, :1]] * (k - 1) if is_first else [caches.pop(0)]
-        x = torch.cat([*frames_before, x], dim=2)
+        if k > 1:
+            frames_before = [x[:, :, :1]] * (k - 1) if is_first else [caches.pop(0)]
+            x = torch.cat([*frames_before, x], dim=2)
         if caches is not None:
             caches.append(x[:, :, 1 - k:].clone())  # a view would keep all of x alive
         return super().forward(x)
@@ -188,6 +189,9 @@ class VAE(nn.Module):
                            res_blocks=res_blocks, patch=patch)
         self.patch = patch
         self.gradient_checkpointing = False
+        # Of the training clips' latents, once there are any: the DiT sees them normalised.
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1, 1))
+        self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1, 1))
 
         # A stage halves space, time or both; where one needs fewer halvings, its come last.
         halvings_t = int(math.log2(rt))
@@ -436,8 +440,8 @@ def find_clips(folder, skipped):
     """-> the layout, and {path: caption, or the file that holds it}. The layout is that of the Hub,
     metadata.csv or metadata.jsonl; or name.txt beside each clip; or class folders, whose names are
     captions. `skipped` gets a line for each clip without a caption, and the other way round."""
-    files = files_below(folder)
-    clips = [path for path in files if path.suffix.lower() not in BESIDE]
+    files = dict.fromkeys(files_below(folder))  # a set that keeps its order
+    clips = dict.fromkeys(path for path in files if path.suffix.lower() not in BESIDE)
     captions = {}
     tables = [path for path in files if path.name in ("metadata.csv", "metadata.jsonl")]
     if tables:
@@ -612,36 +616,34 @@ def choose_windows(captions, frames, span, most):
 
 def map_store(path, shape):
     """-> pixels uint8 `shape`, and which of its windows are done: one file, mapped."""
-    size = math.prod(shape)
-    store = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=(size + shape[0],)))
-    return store[:size].view(shape), store[size:]
+    pixels = math.prod(shape)
+    store = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=(pixels + shape[0],)))
+    return store[:pixels].view(shape), store[pixels:]
 
 
-def allocate(path, size):
-    """Makes a file of so many bytes. A full disk shows now, not as a crash while it is mapped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    say(f"{path} takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
-    if size > free:
-        fail("the disk is too small: take fewer --clips or a smaller --size")
+def allocate(path, n_bytes):
+    """Makes a file. A full disk shows now, not as a crash while it is mapped."""
     with open(path, "wb") as file:
-        file.truncate(size)
+        file.truncate(n_bytes)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
 def store_windows(settings, path):
-    """Chooses windows of a folder's clips, decodes them into windows.bin, and writes `path`,
-    windows.pt. Stopped and called again, it goes on."""
+    """Chooses windows of a folder's clips, decodes them into one file, and writes `path`,
+    windows.pt, which names it. Stopped and called again, it goes on."""
     folder = settings["data"]
     stride = settings["stride"]
     t, h, w = settings["size"]
     span = (t - 1) * stride + 1
     skipped = []
     layout, found = find_clips(folder, skipped)
-    least = span if len(found) >= 20 else 2 * span  # one to train on, one to test on
-    items = [(file, caption, least) for file, caption in found.items()]
+    items = [(file, caption, span) for file, caption in found.items()]
     clips = in_parallel(look_at, items, skipped, "looking at clips")
+    if len(clips) < 20:  # none is held out whole: each has a window to train on, one to test on
+        skipped += [f"{path}: {n} frames, where {2 * span} are the least"
+                    for path, _, n, _, _ in clips if n < 2 * span]
+        clips = [clip for clip in clips if clip[2] >= 2 * span]
     for line in skipped[:10]:
         say(f"skipped {line}")
     if not clips:
@@ -656,11 +658,20 @@ def store_windows(settings, path):
     train, test = choose_windows(captions, np.array(frames), span, settings["clips"])
     windows = np.concatenate([train, test]).tolist()
     shape = len(windows), t, 3, h, w
-    size = math.prod(shape) + len(windows)
-    store = path.with_suffix(".bin")
-    if not store.exists() or store.stat().st_size != size:
-        allocate(store, size)
-    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test")
+    n_bytes = math.prod(shape) + len(windows)
+    of_what = zlib.crc32(repr((settings, windows)).encode())
+    store = path.with_name(f"windows-{of_what:08x}.bin")
+    for old in path.parent.glob("windows-*.bin"):
+        if old != store:
+            old.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test: "
+          f"{n_bytes / 1e9:.3g} GB in {store}; {free / 1e9:.3g} GB are free")
+    if not store.exists() or store.stat().st_size != n_bytes:
+        if n_bytes > free:
+            fail("the disk is too small: take fewer --clips or a smaller --size")
+        allocate(store, n_bytes)
     pixels, done = map_store(store, shape)
     of_clip = {}  # clip -> {window: first frame}
     for window, (clip, first) in enumerate(windows):
@@ -680,8 +691,9 @@ def store_windows(settings, path):
     if dims[0]:  # [captions, tokens, dim], padded with zeros
         arrays = [read_embedding(path_of[caption]).half() for caption in sorted(path_of)]
         embeddings = pad_sequence(arrays, batch_first=True)
-    save(path, stage="windows", settings=settings, shape=shape, kept=kept, train_clips=n_train,
-         captions=[captions[windows[i][0]] for i in kept], embeddings=embeddings)
+    save(path, stage="windows", settings=settings, store=store.name, shape=shape, kept=kept,
+         captions=[captions[windows[i][0]] for i in kept], train_clips=n_train,
+         embeddings=embeddings)
 
 
 class Folder:
@@ -699,7 +711,7 @@ class Folder:
         saved = load(path, "windows")
         check_settings(path, saved["settings"], settings)
         with reading(path):
-            self.pixels, _ = map_store(path.with_suffix(".bin"), saved["shape"])
+            self.pixels, _ = map_store(path.with_name(saved["store"]), saved["shape"])
             self.kept = saved["kept"]
             self.captions = saved["captions"]
             self.embeddings = saved["embeddings"]
@@ -879,19 +891,22 @@ def main(argv=None):
     test_clips = (data.clip([i]).to(device) for i in progress(data.test, desc="testing"))
     metrics = dict(psnr_db=psnr(vae, test_clips, precision), params=count_parameters(vae),
                    compression=list(args.ratio), latent_channels=args.latent_channels)
-    save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics,
-         settings=settings, history=loop.history)
 
     # The data set, once, as latents: no later training touches pixels.
     part = args.latents.with_name(args.latents.name + ".part")
-    latents, mean, std = encode_all(vae, data, latent_shape, part, args.batch_size, device,
-                                    precision)
+    batch_size = 1 if args.crop else max(1, args.batch_size // args.accumulate)
+    latents, mean, std = encode_all(vae, data, latent_shape, part, batch_size, device, precision)
+    vae.latent_mean.copy_(mean.view(-1, 1, 1, 1))
+    vae.latent_std.copy_(std.view(-1, 1, 1, 1))
+    save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics,
+         settings=settings, history=loop.history)
     save(args.latents, stage="latents", metrics=metrics, settings=settings,
          config=dict(size=args.size, data=args.data),
          latents=latents, mean=mean, std=std, checksum=checksum([latents]),
          vae_checksum=checksum(vae.parameters()),
          train_clips=len(data.train), captions=data.captions,
          held_out_captions=data.held_out_captions, embeddings=data.embeddings)
+    del latents  # mapped: Windows would not delete its file
     part.unlink()
     finish(args, "vae", metrics, "dit.py", loop)
 

@@ -47,10 +47,10 @@ def animate(model, data, vae, precision, n):
     for caption, i in zip(own_captions, asked_color.tolist()):
         _, _, name, _, direction = caption.split()
         prompts.append(f"a {list(COLORS)[i]} {name} moving {OTHER_DIRECTION[direction]}")
-    given = encode(vae, data.metadata, pictures, precision)
-    x0, _ = model.make(data.prompts_of(prompts), seed=0, picture=given)
-    clips = decode(vae, data.metadata, x0, precision)
-    reconstruction = decode(vae, data.metadata, given, precision)
+    given = encode(vae, pictures, precision)
+    x0, _ = model.make(data.prompts_of(prompts), seed=0, first_frame=given)
+    clips = decode(vae, x0, precision)
+    reconstruction = decode(vae, given, precision)
     found = measure(clips)
     first = psnr(clips[:, :, :1], pictures)
     print(f"| {STAGES[model.stage]} | {first:.1f} | {psnr(reconstruction, pictures):.1f} | "
@@ -66,8 +66,8 @@ def go_on(model, data, vae, precision, n, stretches):
     picture = None
     for i in range(stretches):
         x0, _ = model.make(data.prompts_of(prompts), 1000 * i, picture)
-        clips = decode(vae, data.metadata, x0, precision)
-        picture = encode(vae, data.metadata, clips[:, :, -1:], precision)
+        clips = decode(vae, x0, precision)
+        picture = encode(vae, clips[:, :, -1:], precision)
         right = measure(clips) == wanted
         aspects = " | ".join(f"{100 * x:.0f} %" for x in right.float().mean(0).tolist())
         overlap = outline_iou(clips, prompts).mean().item()

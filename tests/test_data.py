@@ -207,7 +207,7 @@ def fatal(*arguments):
     return read_clip(*arguments)
 vae.read_clip = fatal
 vae.os.cpu_count = lambda: 1
-vae.store_windows(eval(sys.argv[1]), vae.Path(sys.argv[2]))
+vae.open_data(eval(sys.argv[1]), vae.Path(sys.argv[2]))
 """
 
 
@@ -220,12 +220,34 @@ def test_killed_while_it_reads_it_goes_on_where_it_was(tmp_path, decoded):
     command = [sys.executable, "-c", KILLED, repr(settings), killed]
     process = subprocess.run(command, cwd=Path(vae.__file__).parent, capture_output=True)
     assert process.returncode == -signal.SIGKILL
-    assert killed.with_suffix(".bin").exists() and not killed.exists()
+    assert list(killed.parent.glob("windows-*.bin")) and not killed.exists()
     vae.open_data(settings, killed)
     assert len(decoded) == 8 * 40
-    vae.open_data(settings, tmp_path / "whole.pt")
-    pixels = killed.with_suffix(".bin").read_bytes()
-    assert pixels == (tmp_path / "whole.bin").read_bytes()
+    vae.open_data(settings, tmp_path / "windows.pt")
+    stores = [next(folder.glob("windows-*.bin")) for folder in (killed.parent, tmp_path)]
+    assert stores[0].read_bytes() == stores[1].read_bytes()
+
+
+def test_what_was_half_read_with_other_settings_is_read_anew(tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_many(clips, 3)
+    settings = settings_for(clips)
+    vae.open_data(settings, tmp_path / "windows.pt")
+    (tmp_path / "windows.pt").unlink()  # as if it had been killed
+    data = vae.open_data(settings | dict(stride=1), tmp_path / "windows.pt")
+    numbers = frame_numbers(data, slice(None))
+    assert (numbers - numbers[:, :1]).tolist() == [[0, 1, 2, 3, 4]] * len(numbers)
+    assert len(list(tmp_path.glob("windows-*.bin"))) == 1
+
+
+def test_twenty_files_of_which_few_can_be_used_are_few_clips(tmp_path):
+    write_many(tmp_path, 15, film(17), "clip")  # too short to train and test on
+    write_many(tmp_path, 3, caption="clip")
+    for i in range(10):
+        write(tmp_path, f"bad{i}.mp4", b"no film")
+    data = read(tmp_path)
+    assert len(data.train) and len(data.test)
 
 
 @pytest.mark.parametrize("n", [3, 60])

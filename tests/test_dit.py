@@ -128,6 +128,11 @@ def test_a_given_picture_is_seen_without_noise_and_has_no_loss(micro_dit):
     velocity = micro_dit(dit.add_noise(x0, noise, t), t, micro_dit.text_encoder(tokens))
     expected = (velocity - noise + x0)[:, :, 1:].square().mean()
     torch.testing.assert_close(loss, expected)
+    t[0, 0] = t[0, 1]  # a clip more whose first frame is not given: each clip counts the same
+    parts = [dit.flow_loss(micro_dit, *(x[i:i + 1] for x in (x0, tokens, noise, t)))
+             for i in range(len(x0))]
+    whole = dit.flow_loss(micro_dit, x0, tokens, noise, t)
+    torch.testing.assert_close(sum(parts) / len(parts), whole)
 
 
 def test_a_share_of_the_clips_is_drawn_with_a_picture(micro_run):

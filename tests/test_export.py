@@ -100,7 +100,7 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     if with_image:
         tensors["image"] = torch.rand(1, 3, 1, 16, 16)
         run("image_encoder")
-        tensors["x0"][:, :, :1] = tensors["picture"]
+        tensors["x0"][:, :, :1] = tensors["first_frame"]
     for level, noise in zip(manifest["timesteps"], noise_per_step):
         tensors["t"] = torch.full((1, shape[2]), level)
         if with_image:
@@ -121,9 +121,9 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
     picture = None
     if with_image:
-        picture = dit.encode(autoencoder, metadata, tensors["image"] * 2 - 1, torch.no_grad)
+        picture = dit.encode(autoencoder, tensors["image"] * 2 - 1, torch.no_grad)
     x0 = sample_student(student, noise_per_step, tokens, picture)
-    clip = dit.decode(autoencoder, metadata, x0, torch.no_grad)
+    clip = dit.decode(autoencoder, x0, torch.no_grad)
     mse = (torch.cat(video, dim=2) - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
 
@@ -131,21 +131,22 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
 def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(tmp_path):
     torch.manual_seed(0)
     model = vae.VAE((2, 8, 8), latent_channels=4, width=8, res_blocks=1, patch=4)
-    scale = dict(latent_mean=torch.randn(4), latent_std=torch.rand(4) + 0.5)
+    model.latent_mean.normal_()
+    model.latent_std.uniform_(0.5, 1.5)
     x0 = torch.randn(1, 4, 4, 2, 2)
     tensors = {}
     video = []
     for i, latent in enumerate(x0.split(1, dim=2)):
         tensors["latent"] = latent
         if i < 2:  # the first, and the one for all others
-            module = export_coreml.Decoder(model, scale, is_first=i == 0)
+            module = export_coreml.Decoder(model, is_first=i == 0)
             path = tmp_path / f"{i}.mlpackage"
             convert(module, tensors, path)
             program = read_program(path)
         results = evaluate(program, {name: tensors[name] for name in module.inputs})
         video.append(results.pop("frames"))
         tensors |= {name.removeprefix("next_"): x for name, x in results.items()}
-    z = x0 * scale["latent_std"].view(4, 1, 1, 1) + scale["latent_mean"].view(4, 1, 1, 1)
+    z = x0 * model.latent_std + model.latent_mean
     clip = (model.decode(z) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(torch.cat(video, dim=2), clip, atol=5e-3, rtol=0)
     assert clip.std() > 0.05
