@@ -8,7 +8,7 @@ adaLN-single, with gates that start open; rectified flow; logit-normal noise lev
 
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
-    level t [b] -> shift, scale, gate --------------->  depth x [ self-attention (RoPE over t, h, w)
+    levels t [b, t] -> shift, scale, gate ----------->  depth x [ self-attention (RoPE over t, h, w)
     caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
                                                                  FFN ]
                                                                v
@@ -569,7 +569,7 @@ def print_cost(name, config, n):
 
 
 def add_image_share(p):
-    p.add_argument("--image-share", type=number(0, 1), default=0.0,
+    p.add_argument("--image-share", type=number(0, 1), default=0.2,
                    help="share of clips whose first frame is given, for image-to-video")
 
 

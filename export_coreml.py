@@ -472,6 +472,8 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
         for name, package in manifest["packages"].items():
             saved[name] = read_program(folder / package["file"])
     modules = programs(dit, vae, checkpoint)
+    if saved.keys() != modules.keys():
+        fail(f"{folder} was made from another model: it holds {', '.join(saved)}")
     differences = {name: 0.0 for name in modules}
 
     def compared_call(name, inputs):
@@ -537,7 +539,7 @@ def random_student(preset, seed):
     checkpoint = dict(
         latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
         vocabulary=["<pad>", *words(caption)], text_tokens=5, config=dit.config,
-        captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.2))
+        captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.0))
     return dit.eval().requires_grad_(False), checkpoint, vae.eval().requires_grad_(False)
 
 

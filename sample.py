@@ -687,7 +687,7 @@ def make_clips(args, device, precision):
         clip_size = args.frames, *clip_size[1:]
     model.latent_shape = channels, *latent_size(clip_size, vae.config["ratio"])
     if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
-        fail(f"{args.model} cannot go on from a picture: train it with --image-share 0.2")
+        fail(f"{args.model} cannot go on from a picture: it was trained with --image-share 0")
     prompts = read_prompts(args, model.checkpoint)
     last = read_picture(args.image, *clip_size[1:]) if args.image else None
     stretches = []

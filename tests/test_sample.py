@@ -180,11 +180,9 @@ def test_a_given_picture_stays_as_it_is_and_changes_what_follows(micro_run, stag
 
 @pytest.fixture
 def image_run(micro_run, tmp_path):
-    """A run whose student says that it was trained for pictures, and a picture."""
+    """A student, an autoencoder and a picture."""
     shutil.copy(micro_run / "vae.pt", tmp_path)
-    student = torch.load(micro_run / "student.pt", weights_only=True)
-    student["settings"]["image_share"] = 0.2
-    torch.save(student, tmp_path / "student.pt")
+    shutil.copy(micro_run / "student.pt", tmp_path)
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     iio.imwrite(tmp_path / "first.png", noise)
     return tmp_path
@@ -208,6 +206,17 @@ def test_a_clip_goes_on_from_a_picture_and_from_its_own_last_frame(image_run, mo
     reconstruction = autoencoder.decode(autoencoder.encode(picture)[0]).clamp(-1, 1)
     expected = sample.cell(reconstruction[0], CAPTION)[0].astype(int)
     assert np.abs(expected - once[0]).max() <= 1  # what the VAE keeps of it, nothing else
+
+
+@pytest.mark.parametrize("flags", [["--continue", "1"], ["--image", "first.png"]])
+def test_what_was_trained_without_pictures_goes_on_from_none(image_run, monkeypatch, capsys, flags):
+    monkeypatch.chdir(image_run)
+    student = torch.load("student.pt", weights_only=True)
+    student["settings"]["image_share"] = 0.0
+    torch.save(student, "student.pt")
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--run", ".", "--prompt", CAPTION, *flags])
+    assert stop.value.code == 2 and "--image-share 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, shape", [
