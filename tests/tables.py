@@ -49,12 +49,13 @@ SCORES = {
     "color": ("colour, %", ("score",), "color", 100, 1),
     "shape": ("shape, %", ("score",), "shape", 100, 1),
     "direction": ("direction, %", ("score",), "direction", 100, 1),
+    "outline_iou": ("outline IoU, %", ("score",), "outline_iou", 100, 1),
     "subject_consistency": ("subject consistency", ("score",), "subject_consistency", 1, 3),
     "motion_smoothness": ("motion smoothness", ("score",), "motion_smoothness", 1, 4),
     "dynamic_degree": ("dynamic degree, 1e-3", ("score",), "dynamic_degree", 1e3, 1),
     "frechet": ("Fréchet, 1e-3", ("score",), "frechet", 1e3, 2),
 }
-ALIGNMENT = ["text_alignment", "held_out_alignment"]
+ALIGNMENT = ["text_alignment", "held_out_alignment", "outline_iou"]
 ASPECTS = ["color", "shape", "direction"]
 MOTION = ["subject_consistency", "motion_smoothness", "dynamic_degree"]
 
