@@ -495,6 +495,10 @@ $compare
 <p>“$caption”. Above: x_t, what the network is given. Below: x0, the clean clip that it sees in it.
 The teacher creeps along its velocity; the student jumps to x0, adds noise, and jumps again.</p>
 $trajectories
+<h2>From a picture on</h2>
+<p>Above: the first frame that is given, of a test clip. Below: how the last model goes on from it
+under another caption.</p>
+$pictures
 <h2>What was cut</h2>
 <p>A row per block of the teacher: the heads of its self-attention and of its cross-attention, and
 how much of its FFN stays. Filled stays; a block that is cut keeps nothing.</p>
@@ -582,6 +586,19 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
 }
 
 
+def from_pictures(args, data, vae, model, captions, precision):
+    """pictures.gif: first frames of test clips, and how they go on under these captions."""
+    first_frames = data.x0(data.test[:len(captions)])[:, :, :1]
+    prompts = data.prompts_of(captions[:len(first_frames)])
+    x0, _ = model.make(prompts, args.seed, first_frames)
+    given = []
+    made = []
+    for clip, caption in zip(decode(vae, x0, precision), captions):
+        given.append(cell(clip[:, :1].expand_as(clip), "given", width=160))
+        made.append(cell(clip, caption, width=160))
+    return write_video(args.run / "pictures.gif", [given, made], args.fps)
+
+
 def score_table(metrics):
     """-> rows of texts: the figures that are there, in words and units to read."""
     columns = {STAGES[stage]: scores for stage, scores in metrics.get("score", {}).items()}
@@ -634,12 +651,16 @@ def report(args, device, precision):
     if few:
         path = from_noise(args, data, vae, few, captions[-1], precision)
         trajectories = img_tag("png", path, "x_t above x0, a column per step")
+    pictures = "Left out: no model here was trained with --image-share."
+    if models and models[-1].checkpoint["settings"]["image_share"]:
+        gif = from_pictures(args, data, vae, models[-1], captions[:4], precision)
+        pictures = img_tag("gif", gif, "pictures above, clips below")
     page = PAGE.substitute(
         run=escape(str(args.run)), size="×".join(str(n) for n in data.checkpoint["config"]["size"]),
         left_out=f"Left out, since it is not there: {', '.join(left_out)}." if left_out else "",
         unseen=escape("; ".join(c for c in captions if c in unseen) or "none of them"),
         compare=img_tag("gif", compare, "clips, a row per prompt"), caption=escape(captions[-1]),
-        masks=masks, trajectories=trajectories, table=table, curves=curves,
+        masks=masks, trajectories=trajectories, pictures=pictures, table=table, curves=curves,
         metrics=escape(json.dumps(metrics, indent=1)))
     write_atomically(args.run / "report.html", lambda file: file.write(page.encode()))
     print(f"open {args.run / 'report.html'}")

@@ -62,8 +62,8 @@ def test_the_report_is_one_file_that_fetches_nothing(reported):
 def test_the_pictures_in_the_report_are_the_files_beside_it(reported):
     page = (reported / "report.html").read_text()
     pictures = re.findall(r'<img [^>]*src="data:image/(\w+);base64,([^"]+)"', page)
-    assert [kind for kind, _ in pictures] == ["gif", "png"]
-    for name, (_, data) in zip(("compare.gif", "path.png"), pictures):
+    assert [kind for kind, _ in pictures] == ["gif", "png", "gif"]
+    for name, (_, data) in zip(("compare.gif", "path.png", "pictures.gif"), pictures):
         assert base64.b64decode(data) == (reported / name).read_bytes()
     frames = sample.iio.imread(reported / "compare.gif", plugin="pillow")
     assert len(frames) == 5 and (frames[0] != frames[-1]).any()  # it moves
