@@ -8,7 +8,7 @@ adaLN-single, with gates that start open; rectified flow; logit-normal noise lev
 
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
-    levels t [b, t] -> shift, scale, gate ----------->  depth x [ self-attention (RoPE over t, h, w)
+    noise level of each frame -> shift, scale, gate ->  depth x [ self-attention (RoPE over t, h, w)
     caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
                                                                  FFN ]
                                                                v
@@ -444,19 +444,20 @@ class Latents:
                 vae_checksum=self.checkpoint["vae_checksum"])
             self.number_of = {caption: i for i, caption in enumerate(known)}
             self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
-            self.embeddings = embeddings
-            self.prompts = self.prompts_of(known)  # [captions, words] or [captions, tokens, dim]
+            self.prompts = embeddings  # [captions, tokens, dim], mapped; or [captions, words]
+            if embeddings is None:
+                self.prompts = self.prompts_of(known)
             self.x0([0])  # raises if mean and std do not fit the latents
 
     def prompts_of(self, captions):
         """What the text encoder reads: word numbers [b, words], or embeddings [b, tokens, dim] of
         an encoder of your own, which are known for the training captions alone."""
-        if self.embeddings is None:
+        if not self.text_dim:
             return tokenize(captions, self.metadata["vocabulary"], self.metadata["text_tokens"])
         for caption in captions:
             if caption not in self.number_of:
                 fail(f"there is no embedding for '{caption}', only for {'; '.join(self.number_of)}")
-        return self.embeddings[[self.number_of[caption] for caption in captions]]
+        return self.prompts[[self.number_of[caption] for caption in captions]]
 
     def x0(self, indices):
         """Clean latents [b, c, t, h, w] of these clips."""

@@ -1,7 +1,7 @@
 """To the phone: Core ML packages in half precision, and a proof that needs no Mac.
 
 Stated by the paper: Core ML Tools, half precision, no extra compilation, no special hardware; in
-its second version a tiled GEMM for the FFN. Our reading: four or five ML programs, float16
+its second version a tiled GEMM for the FFN. Our reading: five ML programs, float16
 throughout, iOS 18, fixed shapes, no tensor of more than five dimensions.
 
     package        calls  inputs                            outputs
@@ -174,6 +174,7 @@ def call_module(module, values):
 
 
 def keep(values, results):
+    """What an app does with the outputs of a call."""
     for name, x in results.items():
         values[name.removeprefix("next_")] = x
 

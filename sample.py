@@ -552,8 +552,7 @@ def from_noise(args, data, vae, models, caption, precision):
     for model in models:
         trajectory = []
         prompts = data.prompts_of([caption]).to(model.device)
-        model.sample(prompts, model.noise(1, args.seed),
-                     trajectory=trajectory)
+        model.sample(prompts, model.noise(1, args.seed), trajectory=trajectory)
         row = []
         shown = min(8, len(trajectory))
         for i in np.linspace(0, len(trajectory) - 1, shown).round().astype(int):
@@ -644,6 +643,7 @@ def report(args, device, precision):
     metrics = read_metrics(args.run)
     with reading(args.run / "metrics.json"):
         table = "".join("<tr><td>" + "<td>".join(row) for row in score_table(metrics))
+        # Four digits are enough to read.
         metrics = json.loads(json.dumps(metrics), parse_float=lambda x: float(f"{float(x):.4g}"))
     compare = side_by_side(args, data, vae, models, captions, precision)
     few = [model for model in models if model.stage != "pruned"]
@@ -681,8 +681,9 @@ def read_prompts(args, checkpoint):
     """What the text encoder reads for --prompt: [prompts, words] or [prompts, tokens, dim]."""
     m = checkpoint["text_tokens"]
     dim = checkpoint["config"]["text_dim"]
-    if args.embedding and not (dim and args.embedding.is_file()):
-        fail(f"--embedding {args.embedding} is no file, or {args.model} reads words")
+    is_array = args.embedding and args.embedding.suffix == ".npy" and args.embedding.is_file()
+    if args.embedding and not (dim and is_array):
+        fail(f"--embedding {args.embedding} is no .npy file, or {args.model} reads words")
     if not dim:
         return tokenize(args.prompt, checkpoint["vocabulary"], m)
     if args.embedding is None:

@@ -517,16 +517,18 @@ def upright(frame, scaler, height, width):
 
 
 def read_frames(path, places, height, width, far=250):
-    """Yields frames of a film, [3, height, width] uint8. places: which, rising. One that is far
-    behind the last is sought, and what follows begins at the keyframe before it, since all from
-    there must be decoded anyway. Raises ValueError where the film ends too early."""
+    """Yields frames of a film, [3, height, width] uint8. places: which, rising. One that is `far`
+    behind the last is sought; then it and those after it, up to the next such gap, shift back by as
+    much as lies between it and its keyframe, which must be decoded anyway. Raises ValueError where
+    the film ends too early."""
     import av
     from av.video.reformatter import VideoReformatter
 
     with av.open(f"file:{path}", options=CONTAINERS) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # it is clips that are read in parallel
-        can_seek = container.format.name.startswith(("mov", "matroska"))
+        # Only these tell when a frame is shown; in others frames are counted, and none is sought.
+        has_times = container.format.name.startswith(("mov", "matroska"))
         per_tick = float(stream.average_rate * stream.time_base)  # frames
         start = stream.start_time or 0
         scaler = VideoReformatter()
@@ -536,7 +538,7 @@ def read_frames(path, places, height, width, far=250):
         shift = 0
         previous = 0
         for place in places:
-            if can_seek and place > previous + far:
+            if has_times and place > previous + far:
                 container.seek(start + int(place / per_tick), stream=stream)
                 frames = container.decode(stream)
                 frame = next(frames)
@@ -547,7 +549,9 @@ def read_frames(path, places, height, width, far=250):
                 frame = next(frames, None)
                 if frame is None:
                     raise ValueError(f"it ends before frame {place}")
-                position = round((frame.pts - start) * per_tick)
+                position += 1
+                if has_times:
+                    position = round((frame.pts - start) * per_tick)
             yield upright(frame, scaler, height, width)
             previous = place
 
@@ -735,7 +739,7 @@ def open_data(settings, path):
 
 
 def describe_folder(data, run):
-    """What changes with the names and sizes of a folder's files; None for `shapes`."""
+    """Some words that change with the names and sizes of a folder's files; None for `shapes`."""
     if data == "shapes":
         return None
     if not Path(data).is_dir():

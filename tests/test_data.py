@@ -125,6 +125,8 @@ FILMS = {
     "webm": dict(suffix=".webm", codec="libvpx", g="30"), "ts": dict(suffix=".ts", g="30"),
     "mpg": dict(suffix=".mpg", codec="mpeg2video", g="12"),
     "open groups": {"g": "30", "x264-params": "open-gop=1:bframes=3"},
+    "avi": dict(suffix=".avi", codec="mpeg4", g="12", bf="2", b="4000000"),
+    "avi, h264": dict(suffix=".avi"),
     "one keyframe": dict(g="999"), "all keyframes": dict(g="1"),
     "short groups": dict(g="2", bf="1")}
 
