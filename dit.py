@@ -425,9 +425,10 @@ class Latents:
             n = self.checkpoint["train_clips"]
             self.on_shapes = self.checkpoint["config"]["data"] == "shapes"
             self.train = range(n)
-            self.test = range(n, len(self.latents))
-            self.captions = self.checkpoint["captions"][:n]
-            self.test_captions = self.checkpoint["captions"][n:]
+            self.pictures = range(n, n + self.checkpoint["pictures"])
+            self.test = range(self.pictures.stop, len(self.latents))
+            self.captions = self.checkpoint["captions"][:self.pictures.stop]
+            self.test_captions = self.checkpoint["captions"][self.pictures.stop:]
             known = sorted(set(self.captions))
             embeddings = self.checkpoint["embeddings"]
             if embeddings is not None:
@@ -467,8 +468,11 @@ class Latents:
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
         empty for CFG (embeddings of your own: zeros); noise, as x0; t [b, frames], alike but for
         the first one of an image_share of the clips, which is 0: given, to go on from. A
-        picture_share of the batches are pictures: the first latent frames alone."""
-        picked = torch.randint(len(self.train), (batch_size,), generator=generator)[SHARE]
+        picture_share of the batches are pictures: the first latent frames alone, of pictures and
+        clips alike."""
+        is_pictures = torch.rand((), generator=generator) < picture_share
+        choices = self.pictures.stop if is_pictures else self.train.stop
+        picked = torch.randint(choices, (batch_size,), generator=generator)[SHARE]
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
@@ -476,7 +480,7 @@ class Latents:
         is_given = torch.rand(batch_size, generator=generator)[SHARE] < image_share
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = PAD
-        if torch.rand((), generator=generator) < picture_share:
+        if is_pictures:
             return self.x0(picked)[:, :, :1], prompts, noise[:, :, :1], t[:, :1]
         t[is_given, 0] = 0
         return self.x0(picked), prompts, noise, t

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from common import (add_device_flags, add_file, check_settings, count_parameters, fail, load,
                     make_parser, not_negative, number, positive, progress, read_metrics, reading,
@@ -46,7 +46,7 @@ from distill import sample_student
 from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler, tokenize,
                  words)
 from vae import (COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, read_embedding,
-                 shape_coverage)
+                 read_picture, shape_coverage)
 
 PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpoint -> its name
@@ -669,14 +669,6 @@ def report(args, device, precision):
 # ------------------------------------------------------------ the command line
 
 
-def read_picture(path, height, width):
-    """A picture file, scaled to cover that and cropped -> [1, 3, 1, height, width] in [-1, 1]."""
-    with reading(path):
-        image = ImageOps.fit(Image.open(path).convert("RGB"), (width, height))
-    pixels = torch.from_numpy(np.array(image))
-    return rearrange(pixels, "h w rgb -> 1 rgb 1 h w").float() / 127.5 - 1
-
-
 def read_prompts(args, checkpoint):
     """What the text encoder reads for --prompt: [prompts, words] or [prompts, tokens, dim]."""
     m = checkpoint["text_tokens"]
@@ -711,7 +703,11 @@ def make_clips(args, device, precision):
     if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
         fail(f"{args.model} cannot go on from a picture: it was trained with --image-share 0")
     prompts = read_prompts(args, model.checkpoint)
-    last = read_picture(args.image, *clip_size[1:]) if args.image else None
+    last = None  # [1, 3, 1, h, w]
+    if args.image:
+        with reading(args.image):
+            pixels = torch.from_numpy(read_picture(args.image, *clip_size[1:]))
+        last = rearrange(pixels, "rgb h w -> 1 rgb 1 h w").float() / 127.5 - 1
     stretches = []
     for i in range(1 + args.stretches):
         first_frame = None

@@ -371,6 +371,7 @@ class Shapes:
         self.uniform = torch.cat([torch.rand(clips, 5, generator=train_generator),
                                   torch.rand(TEST_CLIPS, 5, generator=test_generator)])
         self.train = range(clips)
+        self.pictures = range(clips, clips)
         self.test = range(clips, clips + TEST_CLIPS)
         self.captions = [self.caption(c) for c in self.combinations]
         self.held_out_captions = sorted(self.caption(c) for c in combinations[is_held_out])
@@ -414,6 +415,7 @@ class Shapes:
 # A clip folder may come from anywhere: no playlist in it may open other files, or the network.
 CONTAINERS = {"protocol_whitelist": "file",
               "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # a video of one frame each
 BESIDE = (".txt", ".npy", ".md", ".csv", ".json", ".jsonl")  # what lies beside clips
 
 
@@ -491,13 +493,15 @@ def look_at(path, caption, least):
     caption = " ".join(caption.split())
     if not 0 < len(re.findall(r"\w+", caption)) <= 512:
         raise ValueError("a caption takes 1 to 512 words")
+    embedding = read_embedding(path)
+    dim = None if embedding is None else embedding.shape[1]
+    if path.suffix.lower() in PICTURES:
+        return path, caption, 1, 0.0, dim
     with av.open(f"file:{path}", options=CONTAINERS) as container:
         stream = container.streams.video[0]
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if frames < least:
         raise ValueError(f"{frames} frames, where {least} are the least")
-    embedding = read_embedding(path)
-    dim = None if embedding is None else embedding.shape[1]
     return path, caption, frames, frames / float(stream.average_rate), dim
 
 
@@ -556,11 +560,25 @@ def read_frames(path, places, height, width, far=250):
             previous = place
 
 
+def read_picture(path, height, width):
+    """A picture file -> [3, height, width] uint8: upright, scaled to cover that and cropped."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    return rearrange(np.array(ImageOps.fit(image, (width, height))), "h w rgb -> rgb h w")
+
+
 def read_clip(path, windows, stride, pixels, done):
-    """Decodes the windows of one clip, {window: first frame}, into pixels [windows, t, 3, h, w]."""
+    """Decodes the windows of one clip, {window: first frame}, into pixels [windows, t, 3, h, w]. A
+    picture is a clip that stands still."""
     if done[list(windows)].all():
         return
     _, t, _, h, w = pixels.shape
+    if path.suffix.lower() in PICTURES:
+        pixels[list(windows)] = read_picture(path, h, w)
+        done[list(windows)] = 1
+        return
     wanted = {}  # frame -> its places in `pixels`
     for window, first in windows.items():
         for k in range(t):
@@ -643,7 +661,9 @@ def store_windows(settings, path):
     skipped = []
     layout, found = find_clips(folder, skipped)
     items = [(file, caption, span) for file, caption in found.items()]
-    clips = in_parallel(look_at, items, skipped, "looking at clips")
+    usable = in_parallel(look_at, items, skipped, "looking at clips")
+    clips = [clip for clip in usable if clip[2] >= span]
+    pictures = [clip for clip in usable if clip[2] < span]
     if len(clips) < 20:  # none is held out whole: each has a window to train on, one to test on
         skipped += [f"{path}: {n} frames, where {2 * span} are the least"
                     for path, _, n, _, _ in clips if n < 2 * span]
@@ -652,15 +672,19 @@ def store_windows(settings, path):
         say(f"skipped {line}")
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
-             "and frog.txt")
-    paths, captions, frames, seconds, dims = zip(*clips)
-    print(f"{layout}: {len(clips):,} clips with {len(set(captions)):,} captions, "
-          f"{sum(seconds) / 3600:.3g} hours; {len(skipped):,} skipped")
+             "and frog.txt; for pictures alone --size begins with 1x")
+    paths, captions, frames, seconds, dims = zip(*clips, *pictures)
+    print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with "
+          f"{len(set(captions)):,} captions, {sum(seconds) / 3600:.3g} hours; {len(skipped):,} "
+          "skipped")
     if len(set(dims)) > 1:
         fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip")
 
-    train, test = choose_windows(captions, np.array(frames), span, settings["clips"])
-    windows = np.concatenate([train, test]).tolist()
+    frames = np.array(frames[:len(clips)])
+    train, test = choose_windows(captions, frames, span, settings["clips"])
+    stills = [(len(clips) + i, 0) for i in range(len(pictures))][:settings["clips"]]
+    windows = [*train.tolist(), *stills, *test.tolist()]
+    n_test = len(test)
     shape = len(windows), t, 3, h, w
     n_bytes = math.prod(shape) + len(windows)
     of_what = zlib.crc32(repr((settings, windows)).encode())
@@ -670,7 +694,7 @@ def store_windows(settings, path):
             old.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
-    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test: "
+    print(f"{len(train):,} windows of {t} frames to train on, {n_test:,} to test: "
           f"{n_bytes / 1e9:.3g} GB in {store}; {free / 1e9:.3g} GB are free")
     if not store.exists() or store.stat().st_size != n_bytes:
         if n_bytes > free:
@@ -686,10 +710,12 @@ def store_windows(settings, path):
     in_parallel(read_clip, items, unreadable, "reading clips")
     for line in unreadable[:10]:
         say(f"skipped {line}")
-    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in range(len(train)) if done[i]}
+    known = range(len(windows) - n_test)
+    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in known if done[i]}
     kept = [i for i in range(len(windows)) if done[i] and captions[windows[i][0]] in path_of]
     n_train = sum(i < len(train) for i in kept)
-    if not 0 < n_train < len(kept):
+    n_known = sum(i in known for i in kept)
+    if not n_train or n_known == len(kept):
         fail(f"no usable clip in {folder}: nothing to train on, or nothing to test on")
     embeddings = None
     if dims[0]:  # [captions, tokens, dim], padded with zeros
@@ -697,7 +723,7 @@ def store_windows(settings, path):
         embeddings = pad_sequence(arrays, batch_first=True)
     save(path, stage="windows", settings=settings, store=store.name, shape=shape, kept=kept,
          captions=[captions[windows[i][0]] for i in kept], train_clips=n_train,
-         embeddings=embeddings)
+         pictures=n_known - n_train, embeddings=embeddings)
 
 
 class Folder:
@@ -720,7 +746,8 @@ class Folder:
             self.captions = saved["captions"]
             self.embeddings = saved["embeddings"]
             self.train = range(saved["train_clips"])
-            self.test = range(saved["train_clips"], len(self.kept))
+            self.pictures = range(len(self.train), len(self.train) + saved["pictures"])
+            self.test = range(self.pictures.stop, len(self.kept))
 
     def clip(self, indices):
         """Windows: [b, 3, t, h, w] in [-1, 1]."""
@@ -730,8 +757,8 @@ class Folder:
 
 def open_data(settings, path):
     """settings: of vae.py; path: where windows of filmed clips lie, or will. -> a data set:
-    clip(indices) gives pixels; captions, one per clip; train and test, ranges of indices;
-    held_out_captions; embeddings of the training captions in order, [captions, tokens, dim], or
+    clip(indices) gives pixels; captions, one per clip; train, pictures and test, ranges of indices
+    in this order; held_out_captions; embeddings of the training captions in order, [captions, tokens, dim], or
     None."""
     if settings["data"] == "shapes":
         return Shapes(*settings["size"], settings["clips"], settings["seed"])
@@ -860,6 +887,8 @@ def main(argv=None):
     stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
     data = open_data(settings, args.latents.with_name("windows.pt"))
+    if data.pictures and not args.picture_share:
+        say("warning: pictures are trained on in the --picture-share of the steps, which is 0")
     vae.to(device).gradient_checkpointing = args.gradient_checkpointing
     ema = average_weights(vae, args)
     optimizer = Optimizer(vae, args.optimizer, args.lr, precision)
@@ -867,11 +896,13 @@ def main(argv=None):
 
     def draw(step):
         g = step_generator("vae", args.seed, step)
-        picked = torch.randint(len(data.train), (args.batch_size,), generator=g)
+        is_pictures = torch.rand((), generator=g) < args.picture_share
+        choices = data.pictures.stop if is_pictures else data.train.stop
+        picked = torch.randint(choices, (args.batch_size,), generator=g)
         noise = torch.randn(args.batch_size, *crop_shape, generator=g)
         clips = data.clip(picked[SHARE].tolist())
         clips = random_part(clips, crop, g)
-        frames = 1 if torch.rand((), generator=g) < args.picture_share else None
+        frames = 1 if is_pictures else None
         return clips[:, :, :frames], noise[SHARE][:, :, :frames]
 
     loop = Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
@@ -908,7 +939,7 @@ def main(argv=None):
          config=dict(size=args.size, data=args.data),
          latents=latents, mean=mean, std=std, checksum=checksum([latents]),
          vae_checksum=checksum(vae.parameters()),
-         train_clips=len(data.train), captions=data.captions,
+         train_clips=len(data.train), pictures=len(data.pictures), captions=data.captions,
          held_out_captions=data.held_out_captions, embeddings=data.embeddings)
     del latents  # mapped: Windows would not delete its file
     part.unlink()

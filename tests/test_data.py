@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
+from PIL import Image
 
+import dit
 import vae
+from common import step_generator
 
 
 def film(frames=40, suffix=".mp4", codec="libx264", rotation=0, uneven=False, **options):
@@ -300,7 +303,7 @@ def test_metadata_names_clips_and_their_captions(tmp_path, capsys, table):
     data = read(tmp_path / "clips")
     assert set(data.captions) == {"a first clip", 'a "second", clip'}
     told, skipped = capsys.readouterr()
-    assert "metadata: 2 clips with 2 captions" in told
+    assert "metadata: 2 clips and 0 pictures with 2 captions" in told
     for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4":
         assert word in skipped
     assert f"{skipped.count('skipped ')} skipped" in told
@@ -325,7 +328,7 @@ def test_class_folders_give_their_names_as_captions(tmp_path, capsys):
     data = read(tmp_path)
     assert set(data.captions) == {"apply eye makeup", "brush hair", "yo yo"}
     told, skipped = capsys.readouterr()
-    assert "class folders: 3 clips with 3 captions" in told and "1 skipped" in told
+    assert "class folders: 3 clips and 0 pictures with 3 captions" in told and "1 skipped" in told
     assert "alone.mp4" in skipped
 
 
@@ -416,7 +419,6 @@ UNUSABLE = {
     "a playlist in disguise": dict(data=playlist("../part.ts")),
     "no caption": dict(caption=None), "an empty caption": dict(caption=b""),
     "Latin-1": dict(caption="é".encode("latin-1")), "too long": dict(caption=b"word " * 513),
-    "a picture": dict(name="a.png", data=b"\x89PNG\r\n\x1a\n" + bytes(99)),
     "NaN": dict(embedding=EMBEDDING * np.nan), "one dimension": dict(embedding=EMBEDDING[0]),
     "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
 
@@ -431,6 +433,56 @@ def test_a_clip_that_cannot_be_used_is_skipped(tmp_path, capsys, kind, monkeypat
     assert "skipped " in told and "error: no usable clip in clips" in told
     assert "\x1b[31m" not in told
     assert not Path("was run").exists()
+
+
+PICTURE = Image.new("RGB", (20, 30), (255, 0, 0))  # red above, blue below, as it should be seen
+PICTURE.paste((0, 0, 255), (0, 15, 20, 30))
+TURNED = Image.Exif()
+TURNED[0x0112] = 8  # how a phone was held: turn the picture left by a quarter
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsys, name):
+    write(tmp_path, "film.mp4", caption=b"a film")
+    write(tmp_path, "damaged.jpg", b"\xff\xd8\xff\xe0 is all", b"damaged")
+    lying = PICTURE.transpose(Image.Transpose.ROTATE_270)
+    write(tmp_path, name, b"", b"red above")
+    lying.save(tmp_path / name, exif=TURNED, quality=95)
+    data = read(tmp_path)
+    assert "damaged.jpg: " in capsys.readouterr().err
+    assert len(data.train) and len(data.test)
+    assert [data.captions[i] for i in data.pictures] == ["red above"]
+    assert {data.captions[i] for i in [*data.train, *data.test]} == {"a film"}
+    clip = data.clip(data.pictures)[0]  # [3, t, h, w]
+    assert (clip == clip[:, :1]).all()  # it stands still
+    red, _, blue = clip[:, 0]
+    assert red[:6].min() > 0.8 > -0.8 > red[10:].max()
+    assert blue[10:].min() > 0.8 > -0.8 > blue[:6].max()
+
+
+def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
+    for i in range(20):
+        write(tmp_path, f"{i}.png", b"")
+        PICTURE.save(tmp_path / f"{i}.png")
+    assert "for pictures alone --size begins with 1x" in refused(tmp_path, capsys)
+    settings = settings_for(tmp_path) | dict(size=(1, 16, 16))
+    data = vae.open_data(settings, tmp_path.with_name("run") / "windows.pt")
+    assert (len(data.train), len(data.pictures), len(data.test)) == (19, 0, 1)
+
+
+def test_batches_of_pictures_are_drawn_from_pictures_and_clips_alike(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write(folder, "film.mp4", caption=b"a film")
+    write(folder, "a.png", b"", b"red above")
+    PICTURE.save(folder / "a.png")
+    train("vae", tmp_path, "--data", str(folder), "--picture-share", "0.5")
+    data = dit.Latents(tmp_path / "latents.pt")
+    for share, captions in (0, {"a film"}), (1, {"a film", "red above"}):
+        x0, prompts, *_ = data.draw(step_generator(0), 99, picture_share=share)
+        assert x0.shape[2] == (1 if share else 2)
+        drawn = {" ".join(data.metadata["vocabulary"][i] for i in row if i) for row in prompts}
+        assert drawn == captions
 
 
 @pytest.mark.parametrize("name", ["a.m3u8", "a.mp4"])
