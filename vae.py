@@ -49,22 +49,22 @@ PRESETS = {
     "tiny": dict(
         size="9x32x32",      # frames x height x width: the smallest clip in which motion shows
         ratio="4x8x8",       # 3 x 4 x 4 latent positions per clip: 48 tokens
-        latent_channels=12,  # 576 numbers per clip, of 27,648 pixel values
-        width=24,            # channels of the first stage, doubled in each of the next two
+        latent_channels=16,  # 768 numbers per clip, of 27,648 pixel values
+        width=32,            # channels of the first stage, doubled in each of the next two
         patch=2,             # 2x2 pixels into channels; 4x4 rounds the corners of small shapes
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of filmed ones
-        steps=1400,
+        steps=1200,
         batch_size=12,
-        lr=0.02,             # Muon's: each update is orthogonal, whatever the gradient's size
-        kl=1e-3,             # small: it keeps the scale of the latents in bounds, no more
+        lr=0.01,             # Muon's: each update is orthogonal, whatever the gradient's size
+        kl=0.04,             # dB: it keeps the scale of the latents in bounds, no more
         optimizer="muon",
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
-                res_blocks=2, clips=16384, steps=12000, batch_size=16, lr=0.02, kl=1e-4,
+                res_blocks=2, clips=16384, steps=12000, batch_size=16, lr=0.01, kl=0.004,
                 optimizer="muon", ema=0.999),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, patch=4,
-                   res_blocks=3, clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=1e-5,
+                   res_blocks=3, clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=4e-4,
                    optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"] | dict(size="121x576x1024")
@@ -290,13 +290,16 @@ def latent_size(clip_size, ratio):
 
 
 def vae_loss(vae, x, noise, kl_weight):
-    """-> mean squared error + kl_weight * KL divergence to N(0, 1) (https://arxiv.org/abs/1312.6114),
-    and the former alone; means over elements. noise: standard normal, in the latents' shape."""
+    """-> kl_weight * KL divergence to N(0, 1) (https://arxiv.org/abs/1312.6114) per element - PSNR
+    in dB per clip; and the PSNR alone. noise: standard normal, in the latents' shape. Our reading:
+    the logarithm of the squared error, so that clips whose error is small still have much to
+    win."""
     mean, logvar = vae.encode(x)
     reconstruction = vae.decode(mean + noise * (0.5 * logvar).exp()).float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
-    mse = F.mse_loss(reconstruction, x)
-    return mse + kl_weight * kl, mse
+    mse = (reconstruction - x).square().mean((1, 2, 3, 4))
+    psnr_db = 10 * torch.log10(4 / (mse + 1e-5)).mean()  # a flat clip cannot count beyond 56 dB
+    return kl_weight * kl - psnr_db, psnr_db
 
 
 @torch.no_grad()
@@ -651,13 +654,9 @@ def allocate(path, n_bytes):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
-def store_windows(settings, path):
-    """Chooses windows of a folder's clips, decodes them into one file, and writes `path`,
-    windows.pt, which names it. Stopped and called again, it goes on."""
-    folder = settings["data"]
-    stride = settings["stride"]
-    t, h, w = settings["size"]
-    span = (t - 1) * stride + 1
+def usable_clips(folder, span):
+    """-> the clips and the pictures of a folder, as `look_at` describes them; says which were
+    found. span: frames that a window reaches over."""
     skipped = []
     layout, found = find_clips(folder, skipped)
     items = [(file, caption, span) for file, caption in found.items()]
@@ -668,55 +667,72 @@ def store_windows(settings, path):
         skipped += [f"{path}: {n} frames, where {2 * span} are the least"
                     for path, _, n, _, _ in clips if n < 2 * span]
         clips = [clip for clip in clips if clip[2] >= 2 * span]
-    for line in skipped[:10]:
-        say(f"skipped {line}")
+    say_skipped(skipped)
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
              "and frog.txt; for pictures alone --size begins with 1x")
-    paths, captions, frames, seconds, dims = zip(*clips, *pictures)
+    _, captions, _, seconds, dims = zip(*clips, *pictures)
     print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with "
           f"{len(set(captions)):,} captions, {sum(seconds) / 3600:.3g} hours; {len(skipped):,} "
           "skipped")
     if len(set(dims)) > 1:
         fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip")
+    return clips, pictures
 
+
+def say_skipped(lines):
+    for line in lines[:10]:
+        say(f"skipped {line}")
+
+
+def prepare_store(path, n_bytes):
+    """Makes the file of the windows, unless it is there, half-read; removes those of others."""
+    for old in path.parent.glob("windows-*.bin"):
+        if old != path:
+            old.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    print(f"{n_bytes / 1e9:.3g} GB in {path}; {free / 1e9:.3g} GB are free")
+    if not path.exists() or path.stat().st_size != n_bytes:
+        if n_bytes > free:
+            fail("the disk is too small: take fewer --clips or a smaller --size")
+        allocate(path, n_bytes)
+
+
+def store_windows(settings, path):
+    """Chooses windows of a folder's clips, decodes them into one file, and writes `path`,
+    windows.pt, which names it. Stopped and called again, it goes on."""
+    t, h, w = settings["size"]
+    span = (t - 1) * settings["stride"] + 1
+    clips, pictures = usable_clips(settings["data"], span)
+    paths, captions, frames, _, dims = zip(*clips, *pictures)
     frames = np.array(frames[:len(clips)])
     train, test = choose_windows(captions, frames, span, settings["clips"])
     stills = [(len(clips) + i, 0) for i in range(len(pictures))][:settings["clips"]]
     windows = [*train.tolist(), *stills, *test.tolist()]
-    n_test = len(test)
+    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test: ", end="")
+
     shape = len(windows), t, 3, h, w
-    n_bytes = math.prod(shape) + len(windows)
     of_what = zlib.crc32(repr((settings, windows)).encode())
     store = path.with_name(f"windows-{of_what:08x}.bin")
-    for old in path.parent.glob("windows-*.bin"):
-        if old != store:
-            old.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    print(f"{len(train):,} windows of {t} frames to train on, {n_test:,} to test: "
-          f"{n_bytes / 1e9:.3g} GB in {store}; {free / 1e9:.3g} GB are free")
-    if not store.exists() or store.stat().st_size != n_bytes:
-        if n_bytes > free:
-            fail("the disk is too small: take fewer --clips or a smaller --size")
-        allocate(store, n_bytes)
+    prepare_store(store, math.prod(shape) + len(windows))
     pixels, done = map_store(store, shape)
     of_clip = {}  # clip -> {window: first frame}
     for window, (clip, first) in enumerate(windows):
         of_clip.setdefault(clip, {})[window] = first
-    items = [(paths[clip], of_one, stride, pixels.numpy(), done.numpy())
+    items = [(paths[clip], of_one, settings["stride"], pixels.numpy(), done.numpy())
              for clip, of_one in of_clip.items()]
     unreadable = []
     in_parallel(read_clip, items, unreadable, "reading clips")
-    for line in unreadable[:10]:
-        say(f"skipped {line}")
-    known = range(len(windows) - n_test)
-    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in known if done[i]}
+    say_skipped(unreadable)
+
+    to_know = range(len(windows) - len(test))  # windows and pictures to train on
+    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in to_know if done[i]}
     kept = [i for i in range(len(windows)) if done[i] and captions[windows[i][0]] in path_of]
     n_train = sum(i < len(train) for i in kept)
-    n_known = sum(i in known for i in kept)
+    n_known = sum(i in to_know for i in kept)
     if not n_train or n_known == len(kept):
-        fail(f"no usable clip in {folder}: nothing to train on, or nothing to test on")
+        fail(f"no usable clip in {settings['data']}: nothing to train on, or nothing to test on")
     embeddings = None
     if dims[0]:  # [captions, tokens, dim], padded with zeros
         arrays = [read_embedding(path_of[caption]).half() for caption in sorted(path_of)]
@@ -758,8 +774,8 @@ class Folder:
 def open_data(settings, path):
     """settings: of vae.py; path: where windows of filmed clips lie, or will. -> a data set:
     clip(indices) gives pixels; captions, one per clip; train, pictures and test, ranges of indices
-    in this order; held_out_captions; embeddings of the training captions in order, [captions, tokens, dim], or
-    None."""
+    in this order; held_out_captions; embeddings of the training captions in order, [captions,
+    tokens, dim], or None."""
     if settings["data"] == "shapes":
         return Shapes(*settings["size"], settings["clips"], settings["seed"])
     return Folder(settings, path)
@@ -912,9 +928,9 @@ def main(argv=None):
         vae.zero_grad()
         for fraction, (x, noise) in micro_batches(batch, args.accumulate):
             with precision():
-                loss, mse = loss_fn(vae, x, noise, args.kl)
+                loss, psnr_db = loss_fn(vae, x, noise, args.kl)
             (fraction * loss).backward()
-            loop.log(loss=fraction * loss, psnr_db=fraction * 10 * torch.log10(4 / mse))
+            loop.log(loss=fraction * loss, psnr_db=fraction * psnr_db)
         average_gradients(vae.parameters(), args.batch_size)
         loop.log(grad_norm=nn.utils.clip_grad_norm_(vae.parameters(), 1.0))
         optimizer.step()

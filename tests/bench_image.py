@@ -6,7 +6,7 @@ Pictures: first frames of test clips. Each goes on under a prompt that names ano
 another direction than its clip had, so that what the picture decides and what the prompt decides
 can be told apart. Then longer clips: each stretch starts from the last frame of the one before.
 With one prompt the subject soon reaches the edge, which no training clip shows. So a second table
-sends it back in every other stretch.
+sends it back in every other stretch. --sheet FILE.png shows both: the last frame of each stretch.
 """
 import argparse
 import sys
@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import set_up  # noqa: E402
 from dit import Latents, decode, encode  # noqa: E402
-from sample import STAGES, Model, input_clips, measure, outline_iou  # noqa: E402
+from sample import (STAGES, Model, cell, input_clips, measure, outline_iou,  # noqa: E402
+                    write_video)
 from vae import COLORS, DIRECTIONS, SHAPES, load_vae  # noqa: E402
 
 OTHER_DIRECTION = {"left": "up", "up": "right", "right": "down", "down": "left"}
@@ -61,9 +62,11 @@ def animate(model, data, vae, precision, n):
 
 
 def go_on(model, data, vae, precision, n, stretches, turns_back):
-    """n prompts, each from noise, then on and on: a line per stretch."""
+    """n prompts, each from noise, then on and on: a line per stretch. -> the first prompt's clip,
+    the last frame of each stretch [3, stretches, h, w]"""
     seen = data.metadata["captions"]
     picture = None
+    last_frames = []
     for i in range(stretches):
         prompts = [seen[k % len(seen)] for k in range(n)]
         if turns_back and i % 2:
@@ -72,11 +75,13 @@ def go_on(model, data, vae, precision, n, stretches, turns_back):
         x0, _ = model.make(data.prompts_of(prompts), 1000 * i, picture)
         clips = decode(vae, x0, precision)
         picture = encode(vae, clips[:, :, -1:], precision)
+        last_frames.append(clips[0, :, -1:])
         right = measure(clips) == wanted
         aspects = " | ".join(f"{100 * x:.0f} %" for x in right.float().mean(0).tolist())
         overlap = outline_iou(clips, prompts).mean().item()
         print(f"| {STAGES[model.stage]} | {i + 1} | {100 * right.all(1).float().mean():.0f} % | "
               f"{aspects} | {100 * overlap:.0f} % |")
+    return torch.cat(last_frames, dim=1)
 
 
 @torch.no_grad()
@@ -86,6 +91,7 @@ def main():
     p.add_argument("--run", type=Path, default=Path("runs/tiny"))
     p.add_argument("--clips", type=int, default=96)
     p.add_argument("--stretches", type=int, default=8)
+    p.add_argument("--sheet", type=Path, help="a png of the longer clips")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
@@ -97,10 +103,14 @@ def main():
           "colour of the picture | colour of the prompt |\n|---|---|---|---|---|---|---|")
     for model in models:
         animate(model, data, vae, precision, args.clips)
+    rows = []
     for turns_back in False, True:
         print("\n| | stretch | text alignment | colour | shape | direction | outline IoU |\n"
               "|---|---|---|---|---|---|---|")
-        go_on(models[-1], data, vae, precision, args.clips, args.stretches, turns_back)
+        frames = go_on(models[-1], data, vae, precision, args.clips, args.stretches, turns_back)
+        rows.append([cell(frames, "turning back" if turns_back else "one prompt", width=96)])
+    if args.sheet:
+        write_video(args.sheet, rows, fps=8)
 
 
 if __name__ == "__main__":

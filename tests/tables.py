@@ -3,11 +3,13 @@ printed as Markdown.
 
     python tests/tables.py prune              # or scores, vae, disc, steps, speed
     python tests/tables.py prune --seeds 1    # a first look        -> runs/tables/prune.md
+    python tests/tables.py prune --check      # what docs/experiments.md says otherwise
 
 A row is a command of the six scripts, run in a folder of its own and scored; what it starts from
-(the four training scripts at preset tiny) is made once per seed, in runs/tables/chain. Everything
-resumes. Rows run side by side, each on one core: on two, that gets a third more done than one row
-after the other on both. With --jobs 1 a row has all cores, or the GPU.
+(the four training scripts at preset tiny) is made once per seed, in runs/tables/chain; for seed 0
+it is what `make demo` made. Everything resumes. Rows run side by side, each on one core: on two,
+that gets a third more done than one row after the other on both. With --jobs 1 a row has all cores,
+or the GPU.
 """
 import argparse
 import json
@@ -31,11 +33,10 @@ PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
 ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20"
 # Clips on which 8x32x32 still leaves a grid.
-LARGE = ("vae.py --size 9x128x128 --width 32 --latent-channels 64 --clips 1536 --steps 400 "
-         "--batch-size 4 --ratio")
+LARGE = ("vae.py --size 9x128x128 --patch 4 --width 32 --latent-channels 64 --clips 1536 "
+         "--steps 400 --batch-size 4 --ratio")
 
 # A column: its title, the stages in metrics.json where it may stand, its key, a factor, decimals.
-TRAINING = ("training, s", ("distill", "prune", "dit"), "seconds", 1, 0)
 D_ACCURACY = ("discriminator accuracy, %", ("distill",), "d_accuracy", 100, 1)
 VAE_COLUMNS = [("PSNR, dB", ("vae",), "psnr_db", 1, 1), ("VAE, s", ("vae",), "seconds", 1, 0),
                ("DiT, s", ("dit",), "seconds", 1, 0)]
@@ -85,30 +86,23 @@ TABLES = {
          "8x32x32: 32 tokens, 1,000 steps": vae_row("8x32x32", 1000),
          "8x64x64: 8 tokens, 2,000 steps": vae_row("8x64x64", 2000)}),
     "prune": (
-        [*columns("params", "validation_loss", *ALIGNMENT, "frechet"), TRAINING],
+        columns("params", "validation_loss", *ALIGNMENT, "frechet"),
         {"blocks alone, 5 of 7": f"{PRUNE} --blocks 5 --heads 8 --ffn 512",
          "heads alone, 3 of 8": f"{PRUNE} --blocks 7 --heads 3 --ffn 512",
          "FFN alone, 192 of 512": f"{PRUNE} --blocks 7 --heads 8 --ffn 192",
-         "blocks 6, heads 5": f"{PRUNE} --blocks 6 --heads 5 --ffn 512",
-         "blocks 6, FFN 312": f"{PRUNE} --blocks 6 --heads 8 --ffn 312",
-         "heads 5, FFN 384": f"{PRUNE} --blocks 7 --heads 5 --ffn 384",
          "blocks 6, heads 6, FFN 440": f"{PRUNE} --blocks 6 --heads 6 --ffn 440",
          "**5 / 5 / 384: learned masks, both KD**": PRUNE,
-         "the same, masks ten times as fast": f"{PRUNE} --mask-lr 0.02",
          "Taylor importance": f"{PRUNE} --criterion taylor",
          "magnitude": f"{PRUNE} --criterion magnitude",
          "random": f"{PRUNE} --criterion random",
          "learned masks, KD of the output": f"{PRUNE} --kd output",
-         "learned masks, KD of the features": f"{PRUNE} --kd features",
          "learned masks, no KD": f"{PRUNE} --kd",
          "from scratch, 130 steps": f"{SCRATCH} --steps 130",
          "**370 steps: learned masks, both KD**": "prune.py",
-         "370 steps: random, both KD": "prune.py --criterion random",
-         "370 steps: learned masks, no KD": "prune.py --kd",
          "from scratch, 370 steps": f"{SCRATCH} --steps 370",
          "from scratch, 1,270 steps": f"{SCRATCH} --steps 1270"}),
     "disc": (
-        [D_ACCURACY, *columns(*ALIGNMENT, "shape", "subject_consistency", "frechet"), TRAINING],
+        [D_ACCURACY, *columns(*ALIGNMENT, "shape", "frechet")],
         {"the pruned model, before any of it": f"{ALONE} --steps 1",
          "**the paper's: 3 frozen blocks, 1 trainable**": ALONE,
          "a linear layer on the 3 frozen": f"{ALONE} --trainable-blocks 0",
@@ -116,7 +110,6 @@ TABLES = {
          "none frozen, 4 trainable": f"{ALONE} --frozen-blocks 0 --trainable-blocks 4",
          "K = 1": f"{ALONE} --frozen-blocks 1",
          "K = 2": f"{ALONE} --frozen-blocks 2",
-         "K = 5": f"{ALONE} --frozen-blocks 5",
          "no time conditioning": f"{ALONE} --no-time-conditioning",
          "distillation term, no adversary": "distill.py --adversarial 0",
          "**both** (the preset)": "distill.py"}),
@@ -126,14 +119,11 @@ TABLES = {
          "student, 2 steps": "distill.py --sampling-steps 2",
          "student, 8 steps": "distill.py --sampling-steps 8",
          "**student, 4 steps**": "distill.py",
-         "student, 2 steps, trained twice as long": "distill.py --sampling-steps 2 --steps 200",
          "teacher, 2 steps, CFG": f"{SCORE} --sampling-steps 2",
          "teacher, 4 steps, CFG": f"{SCORE} --sampling-steps 4",
          "teacher, 10 steps, CFG": f"{SCORE} --sampling-steps 10",
          "teacher, 40 steps, CFG": f"{SCORE} --sampling-steps 40",
          "teacher, 4 steps, no CFG": f"{SCORE} --sampling-steps 4 --cfg 1",
-         "teacher, 8 steps, no CFG": f"{SCORE} --sampling-steps 8 --cfg 1",
-         "teacher, 20 steps, no CFG": f"{SCORE} --sampling-steps 20 --cfg 1",
          "teacher, 40 steps, no CFG": f"{SCORE} --sampling-steps 40 --cfg 1"}),
     "speed": (
         columns("params", "nfe", "seconds_per_clip", *ALIGNMENT, *MOTION, "frechet"),
@@ -246,6 +236,41 @@ def make_speed(rows, chains, made):
     return {name: [{"score": score[stage]} for score in scores] for name, stage in rows.items()}
 
 
+def read_table(markdown):
+    """-> {(row, column): (mean, spread)} of all tables in a text."""
+    found = {}
+    titles = None
+    for line in markdown.splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        if not cells:
+            titles = None
+        elif titles is None:
+            titles = cells
+        for title, text in zip((titles or [])[1:], cells[1:]):
+            if re.fullmatch(r"-?[\d.]+( ± [\d.]+)?", text):
+                mean, _, spread = text.partition(" ± ")
+                found[cells[0], title] = float(mean), float(spread or 0)
+    return found
+
+
+def check(name, out):
+    """Prints where docs/experiments.md and the table in `out` differ by more than both spreads
+    allow. -> how many cells do"""
+    sections = (ROOT / "docs" / "experiments.md").read_text().split("\n## ")
+    section = next(text for text in sections if f"make table-{name}\n" in text)
+    said = read_table(section)
+    measured = read_table((out / f"{name}.md").read_text())
+    differ = 0
+    for key in sorted(said.keys() & measured.keys()):
+        (old, old_spread), (new, new_spread) = said[key], measured[key]
+        if abs(old - new) > old_spread + new_spread:
+            print(f"{' / '.join(key)}: {old} ± {old_spread} in docs, {new} ± {new_spread} here")
+            differ += 1
+    for row, title in sorted(measured.keys() - said.keys()):
+        print(f"{row} / {title}: not in docs")
+    return differ
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,11 +280,16 @@ def main():
                    help="rows at a time (default: one per core)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "tables",
                    help="folder (default: runs/tables)")
+    p.add_argument("--check", action="store_true",
+                   help="only compare the table in --out with docs/experiments.md")
     args = p.parse_args()
+    if args.check:
+        sys.exit(check(args.table, args.out) > 0)
     titles, rows = TABLES[args.table]
     out = args.out.resolve()
     threads = str(max(1, os.cpu_count() // args.jobs))
-    chains = [out / "chain" / str(seed) for seed in range(args.seeds)]
+    demo = ROOT / "runs" / "tiny"
+    chains = [out / "chain" / str(seed) if seed else demo for seed in range(args.seeds)]
     pool = ThreadPoolExecutor(args.jobs)
     try:
         stages = [] if args.table == "vae" else list(CHAIN)

@@ -27,9 +27,9 @@ def test_a_rows_command_lacks_nothing_but_its_files(command, tmp_path, capsys):
 
 
 def test_pruning_alone_and_together_leaves_as_many_parameters(micro_dit):
-    """The seven rows that compare levels: within 4 % of each other."""
+    """The four rows that compare levels: within 4 % of each other."""
     params = []
-    for command in list(tables.TABLES["prune"][1].values())[:7]:
+    for command in list(tables.TABLES["prune"][1].values())[:4]:
         words = command.split()
         kept = {"--blocks": 7, "--heads": 8, "--ffn": 512}
         for flag in kept:
@@ -48,10 +48,22 @@ def test_a_cell_is_the_mean_and_the_spread_over_seeds():
     assert tables.cell(results, ("score",), "shape", 100, 1) == ""
 
 
+def test_a_cell_of_docs_that_a_new_run_contradicts_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    said = "| | colour, % | shape, % |\n|---|---|---|\n| **A** | 90.0 ± 2.0 | 50.0 |\n"
+    section = f"\n## Pruning\n\n    make table-prune\n\n{said}\nprose\n"
+    (tmp_path / "docs" / "experiments.md").write_text(f"# Experiments\n{section}")
+    for measured, differ in ("93.0 ± 2.0 | 50.0", 0), ("95.0 ± 2.0 | 50.1", 2):
+        (tmp_path / "prune.md").write_text(said.replace("90.0 ± 2.0 | 50.0", measured))
+        assert tables.check("prune", tmp_path) == differ
+    told = capsys.readouterr().out
+    assert "A / colour, %: 90.0 ± 2.0 in docs, 95.0 ± 2.0 here" in told
+
+
 def test_the_picture_has_a_point_for_each_row_of_its_lines():
     rows = tables.TABLES["steps"][1]
     results = {name: [{"score": {"nfe": 4, "text_alignment": 0.5}}] for name in rows}
-    on_a_line = [name for name in rows if "trained" not in name]
     picture = tables.against_nfe(results)
-    assert picture.count("<circle") == len(on_a_line) == 12
-    assert picture.count('cx="122.0" cy="90.0"') == 12  # 2 of 6 doublings, half the height
+    assert picture.count("<circle") == len(rows) == 10
+    assert picture.count('cx="122.0" cy="90.0"') == 10  # 2 of 6 doublings, half the height
