@@ -206,7 +206,7 @@ def parse_arguments(argv):
     p.add_argument("--adversarial", type=number(0), default=0.03, help="weight of the adversary")
     p.add_argument("--distillation", type=number(0), default=1.0,
                    help="weight of the distillation term")
-    p.add_argument("--cfg", type=number(0), default=3.0,
+    p.add_argument("--cfg", type=number(0), default=2.0,
                    help="classifier-free guidance scale of the teacher")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher for a target")
     add_image_share(p)

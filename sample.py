@@ -744,7 +744,7 @@ def main(argv=None):
     p.add_argument("--sampling-steps", type=positive,
                    help="steps per clip; --score and --report leave a student its own (default: a "
                         "student's own, 40 for the others)")
-    p.add_argument("--cfg", type=number(0), default=3.0,
+    p.add_argument("--cfg", type=number(0), default=2.0,
                    help="classifier-free guidance scale of dit.pt and pruned.pt; 1: none")
     p.add_argument("--fps", type=positive, default=8, help="frames per second of what is written")
     p.add_argument("--score", type=number(2, kind=int), nargs="?", const=96, metavar="CLIPS",

@@ -98,7 +98,7 @@ def main():
     device, precision = set_up(args)
     data = Latents(args.run / "latents.pt")
     vae = load_vae(args.run / "vae.pt", device, data.metadata["vae_checksum"])
-    models = [Model(args.run / f"{stage}.pt", device, precision, None, 3.0) for stage in STAGES]
+    models = [Model(args.run / f"{stage}.pt", device, precision, None, 2.0) for stage in STAGES]
     print("| | first frame, dB | of the VAE, dB | direction as prompted | shape of the picture | "
           "colour of the picture | colour of the prompt |\n|---|---|---|---|---|---|---|")
     for model in models:
