@@ -104,8 +104,9 @@ def main():
             with ThreadPoolExecutor(threads) as pool:
                 alone.append(seconds(lambda pool=pool: list(pool.map(pyav_alone, *items))))
         rates[threads] = (median(ours), median(alone), median(np.divide(alone, ours)))
-    used = (run / "windows.bin").stat().st_blocks * 512 + (run / "windows.pt").stat().st_size
-    n = (run / "windows.bin").stat().st_size // (3 * np.prod(SIZE) + 1)
+    of_pixels = next(run.glob("windows-*.bin")).stat()
+    used = of_pixels.st_blocks * 512 + (run / "windows.pt").stat().st_size
+    n = of_pixels.st_size // (3 * np.prod(SIZE) + 1)
 
     (work / "film").mkdir()
     write_film(work / "film" / "film.mp4", args.minutes * 60 * 25)
