@@ -1,5 +1,6 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md
+# make demo DATA=my_media PICTURES=0.2     on clips and pictures: these in a fifth of the steps
 # make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
@@ -14,7 +15,7 @@ RUN ?= runs/$(PRESET)
 SEEDS ?= 3
 PY = .venv/bin/python
 WHERE = --preset $(PRESET) --run "$(RUN)"
-HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS))
+HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS)) $(if $(PICTURES),--picture-share $(PICTURES))
 
 .PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
 
@@ -48,4 +49,4 @@ pictures: demo
 	test ! -f runs/tables/steps.svg || cp runs/tables/steps.svg docs/
 
 clean:
-	rm -rf .venv runs/tiny
+	rm -rf .venv runs/tiny runs/tables/*/*/0

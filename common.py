@@ -156,7 +156,7 @@ def add_training_flags(p):
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
     p.add_argument("--ema", type=number(0, 1), help="decay of the average weights that are saved")
     p.add_argument("--picture-share", type=number(0, 1), default=0.0,
-                   help="share of steps whose batch is pictures, the clips' first frames")
+                   help="share of steps on pictures: first frames, of pictures and clips")
     p.add_argument("--accumulate", type=positive, default=1,
                    help="parts of a batch, one after the other: the same update in less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")

@@ -427,7 +427,7 @@ class Latents:
             self.train = range(n)
             self.pictures = range(n, n + self.checkpoint["pictures"])
             self.test = range(self.pictures.stop, len(self.latents))
-            self.captions = self.checkpoint["captions"][:self.pictures.stop]
+            self.captions = self.checkpoint["captions"][:self.pictures.stop]  # pictures' as well
             self.test_captions = self.checkpoint["captions"][self.pictures.stop:]
             known = sorted(set(self.captions))
             embeddings = self.checkpoint["embeddings"]
@@ -439,7 +439,7 @@ class Latents:
             # What a checkpoint needs beside the weights, so that sampling needs no data set.
             self.metadata = dict(
                 vocabulary=["<pad>", *sorted(set(words(" ".join(known))))],
-                text_tokens=text_tokens, captions=known,
+                text_tokens=text_tokens, captions=sorted(set(self.captions[:n])),
                 held_out_captions=self.checkpoint["held_out_captions"],
                 latent_shape=list(self.latents.shape[1:]),
                 vae_checksum=self.checkpoint["vae_checksum"])

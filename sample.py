@@ -526,7 +526,7 @@ def input_clips(data, indices):
 
 def side_by_side(args, data, vae, models, captions, precision):
     """compare.gif: a row per prompt, a column per stage."""
-    index = {caption: i for i, caption in enumerate(data.captions + data.test_captions)}
+    index = {data.checkpoint["captions"][i]: i for i in [*data.train, *data.test]}
     indices = [index[caption] for caption in captions]  # the last clip wins, a test clip
     real = data.x0(indices)
     columns = {"reconstruction": (decode(vae, real, precision), real)}
@@ -620,7 +620,7 @@ def report(args, device, precision):
     data = Latents(args.latents)
     vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
     models = list(models_of(args, data, device, precision))
-    seen = sorted(set(data.captions))
+    seen = data.metadata["captions"]
     unseen = data.checkpoint["held_out_captions"]
     captions = [seen[37 * i % len(seen)] for i in range(4)]  # 37 spreads over all aspects
     captions += unseen[::max(1, len(unseen) // 2)][:2]
@@ -735,7 +735,7 @@ def main(argv=None):
     p.add_argument("--embedding", type=Path, metavar="FILE",
                    help="--prompt's, name.npy, if the model was trained on embeddings of your own")
     p.add_argument("--image", type=Path, metavar="FILE",
-                   help="a picture to start --prompt's clips from, if trained with --image-share")
+                   help="a picture (png, jpg, webp) to start --prompt's clips from")
     p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
                    help="N further stretches, each from the last frame of the one before")
     p.add_argument("--size", type=size, metavar="TxHxW",

@@ -28,6 +28,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -489,8 +490,6 @@ def read_embedding(path):
 def look_at(path, caption, least):
     """-> of a clip: path, caption, number of frames, seconds, channels of its embedding or None.
     Decodes nothing. Raises where it cannot be used, as with fewer frames than `least`."""
-    import av  # here, since rendered clips do not need it
-
     if isinstance(caption, Path):
         caption = caption.read_text(encoding="utf-8-sig")
     caption = " ".join(caption.split())
@@ -500,6 +499,8 @@ def look_at(path, caption, least):
     dim = None if embedding is None else embedding.shape[1]
     if path.suffix.lower() in PICTURES:
         return path, caption, 1, 0.0, dim
+    import av  # here, since rendered clips do not need it
+
     with av.open(f"file:{path}", options=CONTAINERS) as container:
         stream = container.streams.video[0]
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
@@ -620,15 +621,24 @@ def spread(counts, firsts, most):
     return np.stack([clips, places - (ends - counts)[clips] + firsts[clips]], axis=1)
 
 
+def held_out(captions):
+    """Which clips are held out whole, a bool each: of 20 or more every twentieth, if another one
+    has its caption."""
+    clips_with = Counter(captions)
+    has_twin = np.array([clips_with[caption] > 1 for caption in captions], dtype=bool)
+    is_twentieth = np.arange(len(captions)) % 20 == 10
+    return has_twin & is_twentieth & (len(captions) >= 20)
+
+
 def choose_windows(captions, frames, span, most):
     """Windows of `span` frames to train on, at most so many, and to test on, [n, 2] each: clip,
-    first frame. Of 20 clips or more every twentieth is held out; of fewer, the last tenth of each.
-    captions, frames: of all clips. A caption that is not trained on is no test."""
+    first frame. Where no clip is held out whole, the last tenth of each is. captions, frames: of
+    all clips. A caption that is not trained on is no test."""
+    is_test = held_out(captions)
     windows = frames - span + 1
     start = np.zeros_like(frames)
     most_tests = min(TEST_CLIPS, max(1, most // 10))
-    if len(frames) >= 20:
-        is_test = np.arange(len(frames)) % 20 == 10
+    if is_test.any():
         train = spread(np.where(is_test, 0, windows), start, most)
         test = spread(np.where(is_test, windows, 0), start, most_tests)
     else:
@@ -654,7 +664,7 @@ def allocate(path, n_bytes):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
-def usable_clips(folder, span):
+def usable_clips(folder, span, picture_share):
     """-> the clips and the pictures of a folder, as `look_at` describes them; says which were
     found. span: frames that a window reaches over."""
     skipped = []
@@ -663,20 +673,25 @@ def usable_clips(folder, span):
     usable = in_parallel(look_at, items, skipped, "looking at clips")
     clips = [clip for clip in usable if clip[2] >= span]
     pictures = [clip for clip in usable if clip[2] < span]
-    if len(clips) < 20:  # none is held out whole: each has a window to train on, one to test on
+    if pictures and not picture_share:
+        say(f"{len(pictures):,} pictures are left out, since --picture-share is 0")
+        pictures = []
+    if not held_out([clip[1] for clip in clips]).any():
+        # Each has a window to train on and one to test on.
         skipped += [f"{path}: {n} frames, where {2 * span} are the least"
                     for path, _, n, _, _ in clips if n < 2 * span]
         clips = [clip for clip in clips if clip[2] >= 2 * span]
     say_skipped(skipped)
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
-             "and frog.txt; for pictures alone --size begins with 1x")
+             "and frog.txt (20 pictures alone will do, if --size begins with 1x)")
     _, captions, _, seconds, dims = zip(*clips, *pictures)
     print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with "
           f"{len(set(captions)):,} captions, {sum(seconds) / 3600:.3g} hours; {len(skipped):,} "
           "skipped")
     if len(set(dims)) > 1:
-        fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip")
+        fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip and "
+             "picture")
     return clips, pictures
 
 
@@ -686,7 +701,8 @@ def say_skipped(lines):
 
 
 def prepare_store(path, n_bytes):
-    """Makes the file of the windows, unless it is there, half-read; removes those of others."""
+    """Makes the file of the windows, unless it is there, half-read; removes those of other
+    settings."""
     for old in path.parent.glob("windows-*.bin"):
         if old != path:
             old.unlink()
@@ -704,13 +720,16 @@ def store_windows(settings, path):
     windows.pt, which names it. Stopped and called again, it goes on."""
     t, h, w = settings["size"]
     span = (t - 1) * settings["stride"] + 1
-    clips, pictures = usable_clips(settings["data"], span)
+    most = settings["clips"]
+    clips, pictures = usable_clips(settings["data"], span, settings["picture_share"])
     paths, captions, frames, _, dims = zip(*clips, *pictures)
-    frames = np.array(frames[:len(clips)])
-    train, test = choose_windows(captions, frames, span, settings["clips"])
-    stills = [(len(clips) + i, 0) for i in range(len(pictures))][:settings["clips"]]
+    n = len(clips)
+    train, test = choose_windows(captions[:n], np.array(frames[:n]), span, most)
+    some = np.linspace(n, n + len(pictures) - 1, min(most, len(pictures))).round().astype(int)
+    stills = [(picture, 0) for picture in some.tolist()]
     windows = [*train.tolist(), *stills, *test.tolist()]
-    print(f"{len(train):,} windows of {t} frames to train on, {len(test):,} to test: ", end="")
+    print(f"{len(train):,} windows of {t} frames and {len(stills):,} pictures to train on, "
+          f"{len(test):,} windows to test")
 
     shape = len(windows), t, 3, h, w
     of_what = zlib.crc32(repr((settings, windows)).encode())
@@ -726,11 +745,11 @@ def store_windows(settings, path):
     in_parallel(read_clip, items, unreadable, "reading clips")
     say_skipped(unreadable)
 
-    to_know = range(len(windows) - len(test))  # windows and pictures to train on
-    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in to_know if done[i]}
+    known = len(windows) - len(test)  # windows and pictures to train on
+    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in range(known) if done[i]}
     kept = [i for i in range(len(windows)) if done[i] and captions[windows[i][0]] in path_of]
     n_train = sum(i < len(train) for i in kept)
-    n_known = sum(i in to_know for i in kept)
+    n_known = sum(i < known for i in kept)
     if not n_train or n_known == len(kept):
         fail(f"no usable clip in {settings['data']}: nothing to train on, or nothing to test on")
     embeddings = None
@@ -749,7 +768,7 @@ class Folder:
     held_out_captions = []
 
     def __init__(self, settings, path):
-        names = "data", "size", "stride", "clips", "folder"
+        names = "data", "size", "stride", "clips", "folder", "picture_share"
         settings = {name: settings[name] for name in names}
         if FIRST and not path.exists():
             store_windows(settings, path)
@@ -872,7 +891,8 @@ def main(argv=None):
     p.add_argument("--size", type=size, metavar="TxHxW", help="frames x height x width of a clip")
     p.add_argument("--ratio", type=size, metavar="TxHxW", help="compression: time x height x width")
     p.add_argument("--stride", type=positive, default=2, help="every n-th frame of filmed clips")
-    p.add_argument("--clips", type=positive, help="rendered clips, or windows of filmed ones")
+    p.add_argument("--clips", type=positive,
+                   help="rendered clips; of filmed ones, the most windows, and the most pictures")
     p.add_argument("--latent-channels", type=positive, help="channels of a latent")
     p.add_argument("--width", type=positive, help="channels of the first stage")
     p.add_argument("--patch", type=int, choices=[2, 4], help="pixels a side that become channels")
@@ -903,8 +923,6 @@ def main(argv=None):
     stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
     data = open_data(settings, args.latents.with_name("windows.pt"))
-    if data.pictures and not args.picture_share:
-        say("warning: pictures are trained on in the --picture-share of the steps, which is 0")
     vae.to(device).gradient_checkpointing = args.gradient_checkpointing
     ema = average_weights(vae, args)
     optimizer = Optimizer(vae, args.optimizer, args.lr, precision)

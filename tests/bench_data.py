@@ -47,7 +47,7 @@ def write_film(path, frames):
 
 def store(folder, clips, run):
     shutil.rmtree(run, ignore_errors=True)
-    settings = dict(data=str(folder), size=SIZE, clips=clips, stride=2)
+    settings = dict(data=str(folder), size=SIZE, clips=clips, stride=2, picture_share=0)
     vae.store_windows(settings, run / "windows.pt")
 
 

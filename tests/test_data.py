@@ -84,7 +84,7 @@ def write(folder, name="a.mp4", data=FILM, caption=b"a clip", embedding=None):
 
 
 def settings_for(folder, clips=1000):
-    return dict(data=str(folder), size=(5, 16, 16), clips=clips, stride=2,
+    return dict(data=str(folder), size=(5, 16, 16), clips=clips, stride=2, picture_share=0.5,
                 folder=vae.describe_folder(str(folder), Path("nowhere")))
 
 
@@ -269,6 +269,13 @@ def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
             assert train[train[:, 0] == clip, 1].max() + 9 <= test[test[:, 0] == clip, 1].min()
 
 
+def test_where_every_clip_has_a_caption_of_its_own_none_is_held_out_whole():
+    captions = [str(i) for i in range(25)]
+    train, test = vae.choose_windows(captions, np.full(25, 40), 9, 1000)
+    assert set(train[:, 0]) == set(test[:, 0]) == set(range(25))
+    assert (train[:, 1].max(), test[:, 1].min()) == (22, 31)  # 9 frames from 22 on end before 31
+
+
 def test_where_clips_thins_away_a_caption_its_test_windows_go_too():
     captions = np.array([f"clip {i}" for i in range(5)], object)
     train, test = vae.choose_windows(captions, np.full(5, 300), 9, 3)
@@ -450,6 +457,9 @@ def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsy
     lying.save(tmp_path / name, exif=TURNED, quality=95)
     data = read(tmp_path)
     assert "damaged.jpg: " in capsys.readouterr().err
+    without = vae.open_data(settings_for(tmp_path) | dict(picture_share=0.0),
+                            Path(f"{tmp_path} without", "windows.pt"))
+    assert not without.pictures and set(without.captions) == {"a film"}
     assert len(data.train) and len(data.test)
     assert [data.captions[i] for i in data.pictures] == ["red above"]
     assert {data.captions[i] for i in [*data.train, *data.test]} == {"a film"}
@@ -464,7 +474,7 @@ def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
     for i in range(20):
         write(tmp_path, f"{i}.png", b"")
         PICTURE.save(tmp_path / f"{i}.png")
-    assert "for pictures alone --size begins with 1x" in refused(tmp_path, capsys)
+    assert "if --size begins with 1x" in refused(tmp_path, capsys)
     settings = settings_for(tmp_path) | dict(size=(1, 16, 16))
     data = vae.open_data(settings, tmp_path.with_name("run") / "windows.pt")
     assert (len(data.train), len(data.pictures), len(data.test)) == (19, 0, 1)
@@ -478,6 +488,7 @@ def test_batches_of_pictures_are_drawn_from_pictures_and_clips_alike(tmp_path):
     PICTURE.save(folder / "a.png")
     train("vae", tmp_path, "--data", str(folder), "--picture-share", "0.5")
     data = dit.Latents(tmp_path / "latents.pt")
+    assert data.metadata["captions"] == ["a film"]  # what scores ask for
     for share, captions in (0, {"a film"}), (1, {"a film", "red above"}):
         x0, prompts, *_ = data.draw(step_generator(0), 99, picture_share=share)
         assert x0.shape[2] == (1 if share else 2)
