@@ -201,8 +201,8 @@ def test_a_clip_goes_on_from_a_picture_and_from_its_own_last_frame(image_run, mo
 
     checkpoint = torch.load(image_run / "student.pt", weights_only=True)
     autoencoder = vae.load_vae(image_run / "vae.pt", "cpu", checkpoint["vae_checksum"])
-    picture = sample.read_picture(image_run / "first.png", 16, 16)
-    assert picture.shape == (1, 3, 1, 16, 16)
+    pixels = torch.from_numpy(vae.read_picture(image_run / "first.png", 16, 16))  # [3, 16, 16]
+    picture = pixels[None, :, None].float() / 127.5 - 1
     reconstruction = autoencoder.decode(autoencoder.encode(picture)[0]).clamp(-1, 1)
     expected = sample.cell(reconstruction[0], CAPTION)[0].astype(int)
     assert np.abs(expected - once[0]).max() <= 1  # what the VAE keeps of it, nothing else
