@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -487,9 +487,13 @@ def read_embedding(path):
     return torch.from_numpy(array)
 
 
+# Of a file: frames is their number; dim, the channels of its embedding, or None.
+Clip = namedtuple("Clip", "path caption frames seconds dim")
+
+
 def look_at(path, caption, least):
-    """-> of a clip: path, caption, number of frames, seconds, channels of its embedding or None.
-    Decodes nothing. Raises where it cannot be used, as with fewer frames than `least`."""
+    """-> the Clip. Decodes nothing. Raises where it cannot be used, as with fewer frames than
+    `least`."""
     if isinstance(caption, Path):
         caption = caption.read_text(encoding="utf-8-sig")
     caption = " ".join(caption.split())
@@ -498,7 +502,7 @@ def look_at(path, caption, least):
     embedding = read_embedding(path)
     dim = None if embedding is None else embedding.shape[1]
     if path.suffix.lower() in PICTURES:
-        return path, caption, 1, 0.0, dim
+        return Clip(path, caption, 1, 0.0, dim)
     import av  # here, since rendered clips do not need it
 
     with av.open(f"file:{path}", options=CONTAINERS) as container:
@@ -506,7 +510,7 @@ def look_at(path, caption, least):
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if frames < least:
         raise ValueError(f"{frames} frames, where {least} are the least")
-    return path, caption, frames, frames / float(stream.average_rate), dim
+    return Clip(path, caption, frames, frames / float(stream.average_rate), dim)
 
 
 def upright(frame, scaler, height, width):
@@ -665,22 +669,22 @@ def allocate(path, n_bytes):
 
 
 def usable_clips(folder, span, picture_share):
-    """-> the clips and the pictures of a folder, as `look_at` describes them; says which were
-    found. span: frames that a window reaches over."""
+    """-> the clips and the pictures of a folder, two lists of Clip; says what was found. span:
+    frames that a window reaches over."""
     skipped = []
     layout, found = find_clips(folder, skipped)
     items = [(file, caption, span) for file, caption in found.items()]
     usable = in_parallel(look_at, items, skipped, "looking at clips")
-    clips = [clip for clip in usable if clip[2] >= span]
-    pictures = [clip for clip in usable if clip[2] < span]
+    clips = [clip for clip in usable if clip.frames >= span]
+    pictures = [clip for clip in usable if clip.frames < span]
     if pictures and not picture_share:
         say(f"{len(pictures):,} pictures are left out, since --picture-share is 0")
         pictures = []
-    if not held_out([clip[1] for clip in clips]).any():
+    if not held_out([clip.caption for clip in clips]).any():
         # Each has a window to train on and one to test on.
-        skipped += [f"{path}: {n} frames, where {2 * span} are the least"
-                    for path, _, n, _, _ in clips if n < 2 * span]
-        clips = [clip for clip in clips if clip[2] >= 2 * span]
+        skipped += [f"{clip.path}: {clip.frames} frames, where {2 * span} are the least"
+                    for clip in clips if clip.frames < 2 * span]
+        clips = [clip for clip in clips if clip.frames >= 2 * span]
     say_skipped(skipped)
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
