@@ -86,6 +86,7 @@ class Noise(dit.Latents):
         self.mean = 0
         self.std = 1
         self.train = range(8)
+        self.pictures = range(8, 8)
         self.checksum = None
 
 
