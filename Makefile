@@ -28,7 +28,7 @@ demo: .venv/ready
 	@if $(PY) -c "import coremltools" 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
 	else echo "Left out: the export. There is no coremltools for this Python or system."; fi
 	$(PY) sample.py $(WHERE) --report
-	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures; coreml/, for the phone.\n'
+	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures.\n'
 	@printf 'Open $(RUN)/report.html: clips, scores, masks, losses. Then ask for something of your own:\n'
 	@printf '    $(PY) sample.py $(WHERE) --prompt "..." --out mine.gif\n'
 

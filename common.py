@@ -144,7 +144,7 @@ def add_file(p, flag, name, text):
 def add_device_flags(p):
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                   help="of the arithmetic; weights stay float32; auto: bfloat16 where it is fast")
+                   help="of the arithmetic (weights stay float32); auto: bfloat16 where it is fast")
 
 
 def add_training_flags(p):
@@ -152,7 +152,8 @@ def add_training_flags(p):
     p.add_argument("--steps", type=steps_of(p.get_default("steps")),
                    help="optimiser steps; below 1: a share of the preset's")
     p.add_argument("--batch-size", type=positive, help="clips per step, over all processes")
-    p.add_argument("--lr", type=number(1e-12), help="peak; adamw wants a twentieth of muon's")
+    p.add_argument("--lr", type=number(1e-12),
+                   help="peak learning rate; adamw wants a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
     p.add_argument("--ema", type=number(0, 1), help="decay of the average weights that are saved")
     p.add_argument("--picture-share", type=number(0, 1), default=0.0,
@@ -161,7 +162,8 @@ def add_training_flags(p):
                    help="parts of a batch, one after the other: the same update in less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    p.add_argument("--save-every", type=number(0), default=60, help="seconds; 0: every step")
+    p.add_argument("--save-every", type=number(0), default=60,
+                   help="seconds between saves; 0: every step")
     p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
                    help="only say what training costs, on clips of this size")
     p.add_argument("--memory", type=number(1), default=80, metavar="GB",
@@ -420,7 +422,8 @@ def load(path, *stages):
     path = Path(path)
     if not path.is_file():
         maker = {"latents": "vae", "masks": "prune", "pruned": "prune", "student": "distill"}
-        fail(f"there is no file {path}: {maker.get(stages[0], stages[0])}.py makes it")
+        stage = path.stem if path.stem in stages else stages[0]
+        fail(f"there is no file {path}: {maker.get(stage, stage)}.py makes it")
     with reading(path):
         if FIRST:
             with zipfile.ZipFile(path) as archive:

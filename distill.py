@@ -317,21 +317,19 @@ def main(argv=None):
             loss = 0.0
             with precision():
                 fake = predict(student, x_t, t, student.text_encoder(prompts))
-            if args.distillation:
-                with precision():
+                if args.distillation:
                     target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg,
                                               args.teacher_steps)
-                # Pseudo-Huber: where the outcome is open, a squared error would want the blurred
-                # mean.
-                distillation = ((fake - target).square() + 0.01).sqrt().mean()
-                loss = loss + args.distillation * distillation
-                loop.log(distillation=fraction * distillation)
-            if args.adversarial:
-                with precision():
+                    # Pseudo-Huber: where the outcome is open, a squared error would want the
+                    # blurred mean.
+                    distillation = ((fake - target).square() + 0.01).sqrt().mean()
+                    loss = loss + args.distillation * distillation
+                    loop.log(distillation=fraction * distillation)
+                if args.adversarial:
                     generator = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
-                weight = args.adversarial if step >= args.d_warmup_steps else 0.0
-                loss = loss + weight * generator
-                loop.log(generator=fraction * generator)
+                    weight = args.adversarial if step >= args.d_warmup_steps else 0.0
+                    loss = loss + weight * generator
+                    loop.log(generator=fraction * generator)
             (fraction * loss).backward(inputs=list(student.parameters()))
         average_gradients(student.parameters(), args.batch_size)
         loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))

@@ -325,7 +325,8 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             block_masks = {name: mask[i] for name, mask in masks.items()}
             x = self.run_block(block, x, modulation, text, rope, block_masks)
-            features.append(x)
+            if return_features:
+                features.append(x)
         velocity = self.final_layer(x, t_embedding, x_t.shape[2:])
         return (velocity, features) if return_features else velocity
 
@@ -482,7 +483,8 @@ class Latents:
         prompts[is_empty] = PAD
         if is_pictures:
             return self.x0(picked)[:, :, :1], prompts, noise[:, :, :1], t[:, :1]
-        t[is_given, 0] = 0
+        if noise.shape[2] > 1:  # of a picture nothing would be left to learn
+            t[is_given, 0] = 0
         return self.x0(picked), prompts, noise, t
 
 

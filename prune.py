@@ -25,6 +25,7 @@ velocity, its tokens after each block) of the same weight.
     python prune.py --run runs/x --blocks 7 --ffn 512 --heads 3    # heads alone
 """
 import copy
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -213,12 +214,17 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 # ------------------------------------------------------------ the training
 
 
+def draw_batch(args, data, purpose, step):
+    """A tenth of the captions are empty, since the small model is guided, too."""
+    g = step_generator(purpose, args.seed, step)
+    return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
+
+
 def learn_masks(args, settings, data, teacher, budget, device, precision):
     """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
     batches = []
     for i in range(8):
-        g = step_generator("sensitivity", args.seed, i)
-        batch = data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
+        batch = draw_batch(args, data, "sensitivity", i)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
     with precision():
@@ -232,10 +238,7 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=mask_lr, momentum=0.9)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
-    def draw(step):
-        g = step_generator("masks", args.seed, step)
-        return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
-
+    draw = partial(draw_batch, args, data, "masks")
     loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                 masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
@@ -265,10 +268,7 @@ def recover(args, settings, data, teacher, dense, kept_blocks, device, precision
     optimizer = Optimizer(dense, args.optimizer, args.lr, precision)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
-    def draw(step):  # a tenth of the captions empty, since the small model is guided too
-        g = step_generator("prune", args.seed, step)
-        return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
-
+    draw = partial(draw_batch, args, data, "prune")
     loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
                 optimizer=optimizer)
     for step, batch in loop:

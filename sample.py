@@ -7,7 +7,7 @@ shown to another network.
     text alignment        share of clips with colour (by palette), shape (by template) and direction
                           (by centroid) all as the caption says; of filmed clips, the share whose
                           nearest training clip, by latents, carries the caption
-    held-out alignment    the same, on combinations that no stage was trained on
+    unseen combinations   the same, on combinations that no stage was trained on
     subject consistency   cosine similarity of each frame's subject with the first frame's
     motion smoothness     1 - mean distance of a frame from the mean of its neighbours
     dynamic degree        mean difference of neighbouring frames, pixels in [0, 1]
@@ -395,13 +395,13 @@ def cell(clip, caption, verdict=None, width=128):
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     width = frames.shape[2]
     font = ImageFont.load_default(size=12)
-    lines = textwrap.wrap(caption, width // 6, max_lines=2, placeholder="…")
+    lines = textwrap.wrap(caption, width // 7, max_lines=2, placeholder="…")
     banner = Image.new("RGB", (width, 48 if verdict else 34), "white")
     draw = ImageDraw.Draw(banner)
     draw.multiline_text((4, 2), "\n".join(lines), fill="black", font=font, spacing=2)
     if verdict:
         is_right, shown = verdict
-        draw.text((4, 32), shown[:width // 6], fill="green" if is_right else "red", font=font)
+        draw.text((4, 32), shown[:width // 7], fill="green" if is_right else "red", font=font)
     banners = np.stack([np.asarray(banner)] * len(frames))
     frames = np.concatenate([banners, frames], axis=1)
     return np.pad(frames, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
@@ -566,6 +566,19 @@ def from_noise(args, data, vae, models, caption, precision):
     return write_video(args.run / "path.png", rows, args.fps)
 
 
+def from_pictures(args, data, vae, model, captions, precision):
+    """pictures.gif: first frames of test clips, and how they go on under these captions."""
+    first_frames = data.x0(data.test[:len(captions)])[:, :, :1]
+    prompts = data.prompts_of(captions[:len(first_frames)])
+    x0, _ = model.make(prompts, args.seed, first_frames)
+    given = []
+    made = []
+    for clip, caption in zip(decode(vae, x0, precision), captions):
+        given.append(cell(clip[:, :1].expand_as(clip), "given", width=160))
+        made.append(cell(clip, caption, width=160))
+    return write_video(args.run / "pictures.gif", [given, made], args.fps)
+
+
 FIGURES = {  # key in metrics.json -> name, and what its value is multiplied with
     "params": ("parameters, M", 1e-6),
     "nfe": ("NFE per clip", 1),
@@ -583,19 +596,6 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
     "dynamic_degree": ("dynamic degree", 1),
     "frechet": ("Fréchet distance", 1),
 }
-
-
-def from_pictures(args, data, vae, model, captions, precision):
-    """pictures.gif: first frames of test clips, and how they go on under these captions."""
-    first_frames = data.x0(data.test[:len(captions)])[:, :, :1]
-    prompts = data.prompts_of(captions[:len(first_frames)])
-    x0, _ = model.make(prompts, args.seed, first_frames)
-    given = []
-    made = []
-    for clip, caption in zip(decode(vae, x0, precision), captions):
-        given.append(cell(clip[:, :1].expand_as(clip), "given", width=160))
-        made.append(cell(clip, caption, width=160))
-    return write_video(args.run / "pictures.gif", [given, made], args.fps)
 
 
 def score_table(metrics):
@@ -710,9 +710,7 @@ def make_clips(args, device, precision):
         last = rearrange(pixels, "rgb h w -> 1 rgb 1 h w").float() / 127.5 - 1
     stretches = []
     for i in range(1 + args.stretches):
-        first_frame = None
-        if last is not None:
-            first_frame = encode(vae, last, precision)
+        first_frame = None if last is None else encode(vae, last, precision)
         x0, _ = model.make(prompts, args.seed + 1000 * i, first_frame)
         clips = decode(vae, x0, precision)
         last = clips[:, :, -1:]
@@ -733,14 +731,15 @@ def main(argv=None):
     p.add_argument("--prompt", action="append", default=[],
                    help="what to show, in words of the training captions; may be repeated")
     p.add_argument("--embedding", type=Path, metavar="FILE",
-                   help="--prompt's, name.npy, if the model was trained on embeddings of your own")
+                   help="name.npy, the prompt's text embedding, if the model was trained on such")
     p.add_argument("--image", type=Path, metavar="FILE",
                    help="a picture (png, jpg, webp) to start --prompt's clips from")
     p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
                    help="N further stretches, each from the last frame of the one before")
     p.add_argument("--size", type=size, metavar="TxHxW",
                    help="frames x height x width of --prompt's clips (default: as trained)")
-    p.add_argument("--frames", type=positive, help="their frames alone; 1: a picture")
+    p.add_argument("--frames", type=positive,
+                   help="frames of --prompt's clips, in place of --size's; 1: a picture")
     p.add_argument("--sampling-steps", type=positive,
                    help="steps per clip; --score and --report leave a student its own (default: a "
                         "student's own, 40 for the others)")

@@ -449,6 +449,7 @@ def find_clips(folder, skipped):
     files = dict.fromkeys(files_below(folder))  # a set that keeps its order
     clips = dict.fromkeys(path for path in files if path.suffix.lower() not in BESIDE)
     captions = {}
+    beside = {path: path.with_suffix(".txt") for path in clips}
     tables = [path for path in files if path.name in ("metadata.csv", "metadata.jsonl")]
     if tables:
         layout = "metadata"
@@ -460,10 +461,9 @@ def find_clips(folder, skipped):
                     skipped.append(f"{path}: a second caption")
                 else:
                     captions[path] = str(caption)
-    elif any(path.suffix == ".txt" for path in files):
+    elif any(text in files for text in beside.values()):
         layout = ".txt files"
-        captions = {path: path.with_suffix(".txt") for path in clips
-                    if path.with_suffix(".txt") in files}
+        captions = {path: text for path, text in beside.items() if text in files}
     else:
         layout = "class folders"
         for path in clips:  # ApplyEyeMakeup, brush_hair

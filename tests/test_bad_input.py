@@ -1,6 +1,6 @@
 """What a person may hand to the scripts by mistake: a case for each kind, on each script that it
 concerns. All must end in one line that begins with `error: ` and in exit status 2, with every file
-as it was before. (Clips that cannot be used: test_vae.py.)"""
+as it was before. (Clips that cannot be used: test_data.py.)"""
 import importlib
 import io
 import re
@@ -225,3 +225,8 @@ def test_the_same_run_with_other_settings(refused, name, flag):
 @pytest.mark.parametrize("prompt", ["", "... ?!", "purple elephant", "🎬🐸", "\x1b[2J", "<pad>"])
 def test_a_prompt_without_a_known_word(refused, prompt):
     refused("sample", "--prompt", prompt, word="word")
+
+
+def test_what_is_missing_is_said_with_the_script_that_makes_it(refused, run):
+    (run / "student.pt").unlink()
+    refused("sample", word="student.pt: distill.py makes it")

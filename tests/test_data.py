@@ -332,6 +332,7 @@ def test_class_folders_give_their_names_as_captions(tmp_path, capsys):
         (tmp_path / name).mkdir(parents=True)
         write(tmp_path, f"{name}/a.mp4", caption=None)
     write(tmp_path, "alone.mp4", caption=None)
+    (tmp_path / "readme.txt").write_text("no clip has this name")
     data = read(tmp_path)
     assert set(data.captions) == {"apply eye makeup", "brush hair", "yo yo"}
     told, skipped = capsys.readouterr()
@@ -473,8 +474,10 @@ def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
         write(tmp_path, f"{i}.png", b"")
         PICTURE.save(tmp_path / f"{i}.png")
     assert "if --size begins with 1x" in refused(tmp_path, capsys)
-    settings = settings_for(tmp_path) | dict(size=(1, 16, 16))
-    data = vae.open_data(settings, tmp_path.with_name("run") / "windows.pt")
+    run = tmp_path.with_name("run")
+    train("vae", run, "--data", str(tmp_path), "--size", "1x16x16")
+    train("dit", run, "--image-share", "1")
+    data = dit.Latents(run / "latents.pt")
     assert (len(data.train), len(data.pictures), len(data.test)) == (19, 0, 1)
 
 
