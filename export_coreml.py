@@ -344,8 +344,6 @@ def program_cost(program):
     alive = {var.name: tensor_bytes(var) for var in program.inputs.values()}
     cost = dict(ops=0, max_rank=0, largest_tensor_bytes=0, working_set_bytes=0)
     for op, done in schedule(program):
-        if op.op_type.startswith("constexpr_"):  # weights
-            continue
         cost["ops"] += 1
         for var in op.outputs:
             alive[var.name] = tensor_bytes(var)
