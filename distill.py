@@ -35,7 +35,7 @@ from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_fil
                     checksum, count_parameters, fail, finish, make_parser, micro_batches,
                     not_negative, number, positive, print_memory, run_script, save, set_up,
                     settings_of, step_generator, stop_if_done, warmup_cosine)
-from dit import (PAD, Block, Latents, add_image_share, add_noise, guided_velocity, kept_bytes,
+from dit import (Block, Latents, add_image_share, add_noise, guided_velocity, kept_bytes,
                  load_dit, logit_normal, per_frame, planned_config, planned_tokens, print_cost,
                  start_of)
 from prune import planned_pruned
@@ -98,7 +98,7 @@ def teacher_endpoint(teacher, x_t, t, prompts, cfg, steps):
     """Where the teacher's CFG trajectory from x_t, noised real latents, ends: equal Euler steps
     from each clip's own level t, [b] or [b, frames], down to 0."""
     text = teacher.text_encoder(prompts)
-    empty = teacher.text_encoder(torch.full_like(prompts, PAD))
+    empty = teacher.text_encoder(teacher.text_encoder.empty.expand_as(prompts))
     x = x_t
     for i in range(steps):
         velocity = guided_velocity(teacher, x, t * (1 - i / steps), text, empty, cfg)
@@ -148,7 +148,8 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(trainable_blocks):
             if head == "attention":
-                block = Block(width, config["heads"], config["head_dim"], config["ffn"])
+                block = Block(width, config["heads"], config["head_dim"], config["ffn"],
+                              has_padding=config["text_dim"] > 0)
             else:
                 block = Convolution(width)
             self.blocks.append(block)

@@ -91,20 +91,30 @@ def tokenize(captions, vocabulary, length):
 
 
 class TextEncoder(nn.Module):
-    """Word numbers [b, m] -> [b, m, width]; or embeddings [b, m, text_dim] of an encoder of your
-    own -> the same. Padding has an embedding like any word, so cross-attention needs no mask."""
+    """Word numbers [b, m] -> [b, m, width]; a padded word has an embedding like any other. Or
+    embeddings [b, m, text_dim] of an encoder of your own, padded with zeros -> the same, zero where
+    they are, so that cross-attention can leave the padding out."""
 
     def __init__(self, width, vocabulary, text_tokens, text_dim):
         super().__init__()
+        self.text_dim = text_dim
+        # The empty caption of classifier-free guidance: padding, or what your encoder gives for it.
+        empty = torch.zeros(text_tokens, text_dim) if text_dim else torch.full((text_tokens,), PAD)
+        self.register_buffer("empty", empty, persistent=text_dim > 0)
         self.embed = nn.Linear(text_dim, width) if text_dim else nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.randn(text_tokens, width) * 0.02)
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, width)
 
     def forward(self, prompts):
-        if prompts.is_floating_point():
-            prompts = prompts.float()  # embeddings are kept in float16
-        return self.out(self.norm(self.embed(prompts) + self.position))
+        if self.text_dim:
+            prompts = prompts.float()  # kept in float16
+        text = self.out(self.norm(self.embed(prompts) + self.position))
+        if self.text_dim:
+            is_token = prompts.abs().amax(-1, keepdim=True) > 0  # [b, m, 1]
+            is_first = torch.arange(len(self.position), device=text.device)[:, None] == 0
+            text = text * torch.logical_or(is_token, is_first)  # an empty caption keeps one
+        return text
 
 
 # ------------------------------------------------------------ attention and FFN
@@ -134,22 +144,27 @@ def rotate(x, rope):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim]. Written out where PyTorch's
-    fused kernel is slow: in bfloat16 on a CPU (docs/performance.md)."""
+def attend(q, k, v, is_key=None):
+    """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim]; is_key: [b, 1, 1, m], false
+    where a key is left out. Written out where PyTorch's fused kernel is slow: in bfloat16 on a CPU
+    (docs/performance.md)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [b, heads, n, m]
+        if is_key is not None:
+            scores = scores.masked_fill(~is_key, -math.inf)
         return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_key)
 
 
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, width] to itself or to a context [b, m, width], with QK norm
-    (https://arxiv.org/abs/2010.04245) per head."""
+    (https://arxiv.org/abs/2010.04245) per head. has_padding: rows of zeros in the context are left
+    out."""
 
-    def __init__(self, width, heads, head_dim):
+    def __init__(self, width, heads, head_dim, has_padding=False):
         super().__init__()
         self.heads = heads
+        self.has_padding = has_padding
         self.q = nn.Linear(width, heads * head_dim, bias=False)
         self.kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
         self.norm_q = RMSNorm(head_dim)
@@ -167,7 +182,10 @@ class Attention(nn.Module):
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
-        x = attend(q.type_as(v), k.type_as(v), v)  # one type for all; [b, heads, n, d]
+        is_key = None
+        if self.has_padding:
+            is_key = (context.abs().amax(-1) > 0)[:, None, None]  # [b, 1, 1, m]
+        x = attend(q.type_as(v), k.type_as(v), v, is_key)  # one type for all; [b, heads, n, d]
         if head_mask is not None:
             x = x * head_mask[:, None, None]
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -219,12 +237,12 @@ class Block(nn.Module):
     adaLN-single (PixArt-alpha, https://arxiv.org/abs/2310.00426): one projection of the noise level
     serves all blocks, and each block adds a table of its own to it."""
 
-    def __init__(self, width, heads, head_dim, ffn):
+    def __init__(self, width, heads, head_dim, ffn, has_padding=False):
         super().__init__()
         self.norm1 = RMSNorm(width, affine=False)
         self.self_attention = Attention(width, heads, head_dim)
         self.norm2 = RMSNorm(width)
-        self.cross_attention = Attention(width, heads, head_dim)
+        self.cross_attention = Attention(width, heads, head_dim, has_padding)
         self.norm3 = RMSNorm(width, affine=False)
         self.feed_forward = FeedForward(width, ffn)
         # Our reading: gates start open and every output projection at zero, so that a new block is
@@ -293,7 +311,8 @@ class DiT(nn.Module):
         self.x_embedder = nn.Linear(latent_channels, width)
         self.t_embedder = TimestepEmbedder(time_dim)
         self.modulation = nn.Linear(time_dim, 6 * width)  # adaLN-single: one for all blocks
-        self.blocks = nn.ModuleList(Block(width, heads, head_dim, ffn) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, head_dim, ffn, text_dim > 0)
+                                    for _ in range(depth))
         self.final_layer = FinalLayer(width, time_dim, latent_channels)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -396,7 +415,7 @@ def sample_euler(dit, noise, prompts, steps, cfg, first_frame=None, trajectory=N
     first_frame: as in start_of. trajectory: a list that gets, of each step, t, x_t, and the clean
     x0 to which the velocity points."""
     text = dit.text_encoder(prompts)
-    empty = dit.text_encoder(torch.full_like(prompts, PAD))
+    empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
     x0, is_free = start_of(noise, first_frame)
     x = add_noise(x0, noise, is_free)
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
@@ -446,9 +465,12 @@ class Latents:
                 vae_checksum=self.checkpoint["vae_checksum"])
             self.number_of = {caption: i for i, caption in enumerate(known)}
             self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
-            self.prompts = embeddings  # [captions, tokens, dim], mapped; or [captions, words]
+            self.prompts = embeddings  # [captions + 1, tokens, dim], mapped; or [captions, words]
+            self.empty = PAD
             if embeddings is None:
                 self.prompts = self.prompts_of(known)
+            else:
+                self.empty = embeddings[-1]  # after those of the captions
             self.x0([0])  # raises if mean and std do not fit the latents
 
     def prompts_of(self, captions):
@@ -467,10 +489,9 @@ class Latents:
 
     def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0, picture_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
-        empty for CFG (embeddings of your own: zeros); noise, as x0; t [b, frames], alike but for
-        the first one of an image_share of the clips, which is 0: given, to go on from. A
-        picture_share of the batches are pictures: the first latent frames alone, of pictures and
-        clips alike."""
+        empty for CFG; noise, as x0; t [b, frames], alike but for the first one of an image_share of
+        the clips, which is 0: given, to go on from. A picture_share of the batches are pictures:
+        the first latent frames alone, of pictures and clips alike."""
         is_pictures = torch.rand((), generator=generator) < picture_share
         choices = self.pictures.stop if is_pictures else self.train.stop
         picked = torch.randint(choices, (batch_size,), generator=generator)[SHARE]
@@ -480,7 +501,7 @@ class Latents:
         t = t[:, None].repeat(1, noise.shape[2])
         is_given = torch.rand(batch_size, generator=generator)[SHARE] < image_share
         prompts = self.prompts[self.caption_number[picked]]
-        prompts[is_empty] = PAD
+        prompts[is_empty] = self.empty
         if is_pictures:
             return self.x0(picked)[:, :, :1], prompts, noise[:, :, :1], t[:, :1]
         if noise.shape[2] > 1:  # of a picture nothing would be left to learn
@@ -614,6 +635,7 @@ def main(argv=None):
     dit = DiT(latent_channels=data.latents.shape[1], text_dim=data.text_dim,
               vocabulary=len(data.metadata["vocabulary"]),
               text_tokens=data.metadata["text_tokens"], **sizes).to(device)
+    dit.text_encoder.empty[:] = data.empty
     dit.gradient_checkpointing = args.gradient_checkpointing
     ema = average_weights(dit, args)
     optimizer = Optimizer(dit, args.optimizer, args.lr, precision)

@@ -249,16 +249,18 @@ OPERATIONS = {
     "gather": lambda x, indices, axis, batch_dims, validate_indices: (
         x.index_select(axis, indices.flatten().long()).unflatten(axis, indices.shape)),
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none"}[mode]),
+    "greater": lambda x, y: x > y,
     "greater_equal": lambda x, y: x >= y,
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
+    "logical_or": lambda x, y: x | y,
     "mul": lambda x, y: x * y,
     "real_div": lambda x, y: x / y,
     "reduce_max": lambda x, axes, keep_dims: x.amax(list(axes), keepdim=keep_dims),
     "reduce_mean": lambda x, axes, keep_dims: x.mean(list(axes), keepdim=keep_dims),
     "reshape": lambda x, shape: x.reshape(tuple(shape)),
     "rsqrt": lambda x, epsilon: torch.rsqrt(x + epsilon),
-    "scaled_dot_product_attention": lambda query, key, value: (
-        F.scaled_dot_product_attention(query, key, value)),
+    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None: (
+        F.scaled_dot_product_attention(query, key, value, attn_mask)),
     "select": lambda cond, a, b: torch.where(cond, a, b),
     "silu": lambda x: F.silu(x),
     "sin": lambda x: x.sin(),
@@ -375,7 +377,8 @@ def describe(args, checkpoint, folder, names):
                               outputs=signature(program.outputs))
     if checkpoint["config"]["text_dim"]:
         text = dict(tokenise="not here: text_encoder reads the embedding of a prompt by the "
-                             "encoder of the training captions, your own, padded with zeros")
+                             "encoder of the training captions, your own, padded with zeros, "
+                             "which take no part")
     else:
         text = dict(
             vocabulary=checkpoint["vocabulary"], words=checkpoint["text_tokens"],
@@ -566,6 +569,7 @@ def main(argv=None):
         fail(f"--ffn-tiles {args.ffn_tiles} does not divide the FFN's {dit.config['ffn']} channels")
     m = checkpoint["text_tokens"]
     prompts = torch.randn(1, m, dit.config["text_dim"])
+    prompts[:, m // 2 + 1:] = 0  # padding
     if not dit.config["text_dim"]:
         prompts = tokenize(checkpoint["captions"][:1], checkpoint["vocabulary"], m)
     start = time.perf_counter()

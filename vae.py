@@ -757,9 +757,12 @@ def store_windows(settings, path):
     if not n_train or n_known == len(kept):
         fail(f"no usable clip in {settings['data']}: nothing to train on, or nothing to test on")
     embeddings = None
-    if dims[0]:  # [captions, tokens, dim], padded with zeros
+    if dims[0]:  # [captions and the empty one, tokens, dim], padded with zeros
         arrays = [read_embedding(path_of[caption]).half() for caption in sorted(path_of)]
-        embeddings = pad_sequence(arrays, batch_first=True)
+        empty = Path(settings["data"], "empty.npy")
+        with reading(empty):
+            of_empty = read_embedding(empty) if empty.exists() else torch.zeros(1, dims[0])
+            embeddings = pad_sequence([*arrays, of_empty.half()], batch_first=True)
     save(path, stage="windows", settings=settings, store=store.name, shape=shape, kept=kept,
          captions=[captions[windows[i][0]] for i in kept], train_clips=n_train,
          pictures=n_known - n_train, embeddings=embeddings)
@@ -797,8 +800,8 @@ class Folder:
 def open_data(settings, path):
     """settings: of vae.py; path: where windows of filmed clips lie, or will. -> a data set:
     clip(indices) gives pixels; captions, one per clip; train, pictures and test, ranges of indices
-    in this order; held_out_captions; embeddings of the training captions in order, [captions,
-    tokens, dim], or None."""
+    in this order; held_out_captions; embeddings of the training captions in order and of the empty
+    one, [captions + 1, tokens, dim], or None."""
     if settings["data"] == "shapes":
         return Shapes(*settings["size"], settings["clips"], settings["seed"])
     return Folder(settings, path)

@@ -78,6 +78,7 @@ class Noise(dit.Latents):
         self.prompts = torch.ones(1, self.metadata["text_tokens"]).long()
         if self.text_dim:
             self.prompts = torch.randn(*self.prompts.shape, self.text_dim)
+        self.empty = dit.PAD
         self.caption_number = torch.zeros(8).long()
         shape = vae.PRESETS[path.parent.name]
         t, h, w = common.size(shape["size"])

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -108,7 +109,8 @@ def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, ca
     assert {data.captions[i] for i in data.train} == {"a clip", "another clip"}
     assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16)
     assert data.clip([0]).abs().max() <= 1
-    assert data.embeddings.tolist() == [EMBEDDING.tolist(), (EMBEDDING * 2).tolist()]  # by caption
+    by_caption = [EMBEDDING.tolist(), (EMBEDDING * 2).tolist()]
+    assert data.embeddings[:2].tolist() == by_caption
     assert capsys.readouterr().err.count("skipped") == 1
 
 
@@ -510,7 +512,16 @@ def test_a_playlist_reaches_no_server(tmp_path, capsys, name):
 def test_a_shorter_embedding_is_padded_with_zeros(tmp_path):
     write(tmp_path, embedding=EMBEDDING)
     write(tmp_path, "b.mp4", caption=b"another", embedding=EMBEDDING[:1])
-    assert read(tmp_path).embeddings.sum(2).tolist() == [[6, 6, 6, 6], [6, 0, 0, 0]]
+    assert read(tmp_path).embeddings.sum(2).tolist() == [[6, 6, 6, 6], [6, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_the_empty_caption_is_that_of_the_encoder_if_it_gives_one(tmp_path, capsys):
+    write(tmp_path, embedding=EMBEDDING)
+    np.save(tmp_path / "empty.npy", EMBEDDING[:2] * 3)
+    assert read(tmp_path).embeddings[-1].sum(1).tolist() == [18, 18, 0, 0]
+    shutil.rmtree(f"{tmp_path} run")
+    np.save(tmp_path / "empty.npy", EMBEDDING[:, :2])
+    assert "empty.npy" in refused(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("other", [None, EMBEDDING[:, :2]], ids=["none", "4x2"])

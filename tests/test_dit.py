@@ -70,8 +70,25 @@ def test_rope_makes_attention_depend_on_relative_positions_in_time_height_and_wi
 def test_written_out_attention_is_attention():
     q, k, v = torch.randn(3, 2, 4, 7, 16).bfloat16()
     reference = F.scaled_dot_product_attention(q.float(), k[:, :, :5].float(), v[:, :, :5].float())
-    ours = dit.attend(q, k[:, :, :5], v[:, :, :5]).float()
-    torch.testing.assert_close(ours, reference, rtol=0.03, atol=0.03)
+    is_key = torch.arange(7) < 5
+    for ours in dit.attend(q, k[:, :, :5], v[:, :, :5]), dit.attend(q, k, v, is_key):
+        torch.testing.assert_close(ours.float(), reference, rtol=0.03, atol=0.03)
+
+
+def test_padding_of_text_embeddings_takes_no_part():
+    model = dit.DiT(4, 32, 2, 4, 16, 64, vocabulary=0, text_tokens=6, text_dim=8)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = torch.randn(1, 4, 2, 3, 3)
+    t = torch.full((1,), 0.5)
+    embedding = torch.randn(1, 6, 8)
+    embedding[:, 4:] = 0
+    text = model.text_encoder(embedding)
+    v = model(x, t, text)
+    torch.testing.assert_close(v, model(x, t, text[:, :4]))
+    assert not torch.allclose(v, model(x, t, text[:, :3]))
+    empty = model.text_encoder(model.text_encoder.empty.expand_as(embedding))
+    assert model(x, t, empty).isfinite().all()  # one token is left of it
 
 
 def test_a_new_model_is_the_zero_function_and_its_blocks_the_identity():
@@ -86,6 +103,7 @@ class Perfect(torch.nn.Module):
     """Knows the velocity, so that any number of steps ends at the data."""
 
     text_encoder = torch.nn.Identity()
+    text_encoder.empty = torch.zeros(())
 
     def __init__(self, velocity):
         super().__init__()

@@ -111,10 +111,14 @@ def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys):
         iio.imwrite(clips / f"{name}.mp4", frames, plugin="pyav", codec="libx264", fps=20)
         (clips / f"{name}.txt").write_text(f"clip {name}")
         np.save(clips / f"{name}.npy", g.normal(size=(4, 6)).astype(np.float32))
+    empty = g.normal(size=(2, 6)).astype(np.float16)
+    np.save(clips / "empty.npy", empty)
     run = tmp_path / "run"
     train("vae", run, "--data", str(clips))
     for stage in "dit", "prune", "distill":
         train(stage, run)
+    student = torch.load(run / "student.pt", weights_only=True)
+    assert student["model"]["text_encoder.empty"].sum() == empty.astype(np.float32).sum()
     evaluate(run, "--prompt", "clip one", "--out", str(tmp_path / "one.gif"))
     assert (tmp_path / "one.gif").exists()
     evaluate(run, "--score", "2")
