@@ -108,7 +108,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, prompts):
         if self.text_dim:
-            prompts = prompts.float()  # kept in float16
+            prompts = prompts.float()  # latents.pt keeps float16
         text = self.out(self.norm(self.embed(prompts) + self.position))
         if self.text_dim:
             is_token = prompts.abs().amax(-1, keepdim=True) > 0  # [b, m, 1]
@@ -465,12 +465,12 @@ class Latents:
                 vae_checksum=self.checkpoint["vae_checksum"])
             self.number_of = {caption: i for i, caption in enumerate(known)}
             self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
-            self.prompts = embeddings  # [captions + 1, tokens, dim], mapped; or [captions, words]
-            self.empty = PAD
             if embeddings is None:
-                self.prompts = self.prompts_of(known)
+                self.prompts = self.prompts_of(known)  # [captions, words]
+                self.empty = PAD
             else:
-                self.empty = embeddings[-1]  # after those of the captions
+                self.prompts = embeddings  # [captions + 1, tokens, dim], mapped
+                self.empty = embeddings[-1]
             self.x0([0])  # raises if mean and std do not fit the latents
 
     def prompts_of(self, captions):
