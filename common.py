@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import sys
 import time
@@ -80,6 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
+        # `in` would take a seed of 0 for False.
         if action.default in (None, [], argparse.SUPPRESS) or action.default is False:
             return action.help
         return f"{action.help} (default: %(default)s)"
@@ -87,24 +89,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def size(text):
     """'9x32x32' -> (9, 32, 32): time x height x width."""
-    try:
-        t, h, w = (int(part) for part in text.split("x"))
-        if 1 <= min(t, h, w) and max(t, h, w) < 2 ** 16:
-            return t, h, w
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not time x height x width, such as 9x32x32")
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not time x height x width, such as 9x32x32")
+    return tuple(int(n) for n in text.split("x"))
 
 
 def number(low, high=2 ** 31, kind=float):
     """An argparse type: a number in [low, high]; `nan` is in no range."""
-    def parse(text):
+    def number_in_range(text):  # argparse calls what it expects by this name
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
-    parse.__name__ = "number"  # argparse's word for what is expected
-    return parse
+    return number_in_range
 
 
 positive = number(1, kind=int)
@@ -113,13 +110,12 @@ not_negative = number(0, kind=int)
 
 def steps_of(preset_steps):
     """An argparse type: a number of steps; below 1 a share of the preset's."""
-    def parse(text):
+    def steps(text):
         if 0 < float(text) < 1:
             return max(1, round(float(text) * preset_steps))
         return positive(text)
 
-    parse.__name__ = "number"
-    return parse
+    return steps
 
 
 def make_parser(doc, presets, argv):
@@ -215,7 +211,7 @@ def product_seconds(dtype):
     return min(timeit.repeat(lambda: x @ x, number=1, repeat=10))
 
 
-def progress(items=None, **how):
+def progress(items, **how):
     """A progress bar; in a log file a line every 20 seconds. Only the first process has one."""
     interval = 0.1 if sys.stderr.isatty() else 20
     return tqdm(items, disable=not FIRST, mininterval=interval, dynamic_ncols=True, **how)
@@ -307,15 +303,11 @@ class Optimizer:
 
     def __init__(self, model, name, lr, precision=contextlib.nullcontext):
         self.precision = precision
-        matrices = []
-        others = []
-        for module in model.modules():
-            for key, p in module.named_parameters(recurse=False):
-                is_matrix = isinstance(module, (nn.Linear, nn.Conv3d)) and key == "weight"
-                if p.requires_grad and is_matrix and name == "muon":
-                    matrices.append(p)
-                elif p.requires_grad:
-                    others.append(p)
+        kinds = (nn.Linear, nn.Conv3d) if name == "muon" else ()
+        weights = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if id(p) in weights]
+        others = [p for p in trained if id(p) not in weights]
         adamw_lr = lr / 20 if matrices else lr  # its usual rates are about that much lower
         self.parts = [Muon(matrices, lr)] if matrices else []
         self.parts.append(torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.99), fused=True))
@@ -523,23 +515,19 @@ class Loop:
         self.seconds = 0.0  # over all starts of the run
         self.history = {}  # name -> one value per step
         self.logged = []  # the last steps' values, still on the device
-        self.logged_step = None
         self.received = 0  # SIGINT or SIGTERM, once it came
         if WORLD > args.batch_size:
             fail(f"--batch-size {args.batch_size}: {WORLD} processes need at least a clip each")
         if self.path.exists():
-            self.resume()
-
-    def resume(self):
-        saved = load(self.path, "resume")
-        check_settings(self.path, saved["settings"], self.settings)
-        with reading(self.path):
-            for name, part in self.state.items():
-                part.load_state_dict(saved[name])
-            self.step = saved["step"]
-            self.seconds = saved["seconds"]
-            self.history = saved["history"]
-        print(f"{self.path}: going on from step {self.step}")
+            saved = load(self.path, "resume")
+            check_settings(self.path, saved["settings"], settings)
+            with reading(self.path):
+                for name, part in state.items():
+                    part.load_state_dict(saved[name])
+                self.step = saved["step"]
+                self.seconds = saved["seconds"]
+                self.history = saved["history"]
+            print(f"{self.path}: going on from step {self.step}")
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
@@ -550,9 +538,6 @@ class Loop:
         """Notes values of this step, 0-dimensional tensors; those of a name add up, as the parts of
         a mean over this process's clips. The gradient's norm is one of them: what is not finite
         ends the run before it saves."""
-        if self.logged_step != self.step:
-            self.logged.append({})
-            self.logged_step = self.step
         row = self.logged[-1]
         for name, value in values.items():
             row[name] = row.get(name, 0) + value.detach().float()
@@ -576,17 +561,17 @@ class Loop:
         batches = DataLoader(range(self.step, self.steps), batch_size=None, collate_fn=self.draw,
                              num_workers=workers, pin_memory=on_gpu,
                              multiprocessing_context="fork" if workers else None)
-        look_every = 20 if self.args.save_every else 1  # reading a loss waits for the device
-        bar = progress(total=self.steps, initial=self.step, desc=self.stage)
-        last = time.monotonic()
-        next_save = last + self.args.save_every
-        for batch in batches:
+        save_every = self.args.save_every
+        look_every = 20 if save_every else 1  # reading a loss waits for the device
+        bar = progress(batches, total=self.steps, initial=self.step, desc=self.stage)
+        start = time.monotonic() - self.seconds
+        next_save = time.monotonic() + save_every
+        for batch in bar:
+            self.logged.append({})  # for `log`
             yield self.step, [x.to(self.device, non_blocking=on_gpu) for x in batch]
             self.step += 1
-            bar.update()
             now = time.monotonic()
-            self.seconds += now - last
-            last = now
+            self.seconds = now - start
             is_last = self.step == self.steps
             stop_at_once = self.received and WORLD == 1  # several must agree, in read_log
             if self.step % look_every and not is_last and not stop_at_once:
@@ -594,18 +579,16 @@ class Loop:
             self.read_log()
             values = [f"{name} {series[-1]:.4g}" for name, series in self.history.items()]
             bar.set_postfix_str(", ".join(values), refresh=False)
-            if self.received or is_last or now > next_save:
+            if self.received or is_last or now > next_save or not save_every:
                 self.save()
-                seconds = time.monotonic() - now
-                next_save = now + seconds
-                if self.args.save_every:  # at most a twentieth of the time goes into saves
-                    next_save += max(self.args.save_every, 20 * seconds)
+                saved = time.monotonic()
+                # At most a twentieth of the time goes into saves.
+                next_save = saved + max(save_every, 20 * (saved - now))
             if self.received:
                 bar.close()
                 say(f"stopped at step {self.step} of {self.steps}, saved in {self.path}: the same "
                     "command goes on from here")
                 sys.exit(128 + self.received)
-        bar.close()
 
     def read_log(self):
         """Moves what was logged into `history`, averaged over all processes, which also agree here

@@ -147,16 +147,14 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.stride = stride
-        self.c_out = c_out
         self.conv = CausalConv3d(c_in, c_out, stride=stride)
 
     def forward(self, x):
-        st, sh, sw = self.stride
+        st, sh, sw = self.conv.stride
         padded = torch.cat([x[:, :, :1]] * (st - 1) + [x], dim=2)  # causal, as in the convolution
         shortcut = rearrange(padded, "b c (t st) (h sh) (w sw) -> b (st sh sw c) t h w",
                              st=st, sh=sh, sw=sw)
-        return self.conv(x) + match_channels(shortcut, self.c_out)
+        return self.conv(x) + match_channels(shortcut, self.conv.out_channels)
 
 
 class Upsample(nn.Module):
@@ -279,14 +277,10 @@ def latent_size(clip_size, ratio):
     frames, and a multiple of it in height and width; others are refused."""
     t, h, w = clip_size
     rt, rs, _ = ratio
-    name = f"{rt}x{rs}x{rs}"
-    if (t - 1) % rt:
-        fail(f"{t} frames do not fit the ratio {name}: use 1 + a multiple of {rt}, such as "
-             f"{t - (t - 1) % rt + rt}")
-    for side, n in (("height", h), ("width", w)):
-        if n % rs:
-            fail(f"{side} {n} does not fit the ratio {name}: use a multiple of {rs}, such as "
-                 f"{n - n % rs + rs}")
+    if (t - 1) % rt or h % rs or w % rs:
+        fail(f"{t}x{h}x{w} does not fit the ratio {rt}x{rs}x{rs}: use 1 + a multiple of {rt} "
+             f"frames, such as {t + (1 - t) % rt}, and multiples of {rs} pixels, such as "
+             f"{h + -h % rs}x{w + -w % rs}")
     return 1 + (t - 1) // rt, h // rs, w // rs
 
 
@@ -442,10 +436,11 @@ def read_table(table):
     return [(table.parent / str(row["file_name"]), row["text"]) for row in rows]
 
 
-def find_clips(folder, skipped):
-    """-> the layout, and {path: caption, or the file that holds it}. The layout is that of the Hub,
-    metadata.csv or metadata.jsonl; or name.txt beside each clip; or class folders, whose names are
-    captions. `skipped` gets a line for each clip without a caption, and the other way round."""
+def find_clips(folder):
+    """-> the layout; {path: caption, or the file that holds it}; and a line for each clip without a
+    caption, and the other way round. The layout is that of the Hub, metadata.csv or metadata.jsonl;
+    or name.txt beside each clip; or class folders, whose names are captions."""
+    skipped = []
     files = dict.fromkeys(files_below(folder))  # a set that keeps its order
     clips = dict.fromkeys(path for path in files if path.suffix.lower() not in BESIDE)
     captions = {}
@@ -460,7 +455,7 @@ def find_clips(folder, skipped):
                 elif path in captions:
                     skipped.append(f"{path}: a second caption")
                 else:
-                    captions[path] = str(caption)
+                    captions[path] = str(caption or "")
     elif any(text in files for text in beside.values()):
         layout = ".txt files"
         captions = {path: text for path, text in beside.items() if text in files}
@@ -471,7 +466,7 @@ def find_clips(folder, skipped):
                 spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_-]", " ", path.parent.name)
                 captions[path] = spaced.lower()
     skipped += [f"{path}: no caption" for path in clips if path not in captions]
-    return layout, captions
+    return layout, captions, skipped
 
 
 def read_embedding(path):
@@ -482,8 +477,8 @@ def read_embedding(path):
         return None
     with np.errstate(over="ignore"):
         array = np.lib.format.open_memmap(path, "r").astype(np.float32)
-    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{path.name} is no array [tokens, dim] of finite numbers")
+    if array.ndim != 2 or not array.size or not (np.abs(array) < 65504).all():
+        raise ValueError(f"{path.name} is no array [tokens, dim] of finite float16 numbers")
     return torch.from_numpy(array)
 
 
@@ -519,8 +514,8 @@ def upright(frame, scaler, height, width):
     if turns % 2:
         height, width = width, height
     scale = max(height / frame.height, width / frame.width)
-    h = max(height, round(frame.height * scale))
-    w = max(width, round(frame.width * scale))
+    h = round(frame.height * scale)
+    w = round(frame.width * scale)
     image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA", threads=1).to_ndarray()
     top = (h - height) // 2
     left = (w - width) // 2
@@ -528,11 +523,11 @@ def upright(frame, scaler, height, width):
     return rearrange(image, "h w rgb -> rgb h w")
 
 
-def read_frames(path, places, height, width, far=250):
-    """Yields frames of a film, [3, height, width] uint8. places: which, rising. One that is `far`
-    behind the last is sought; then it and those after it, up to the next such gap, shift back by as
-    much as lies between it and its keyframe, which must be decoded anyway. Raises ValueError where
-    the film ends too early."""
+def read_frames(path, places, height, width):
+    """Yields (place, frame) of a film, frames [3, height, width] uint8. places: which, rising. One
+    that is more than 250 behind the last is sought; then it and those after it, up to the next such
+    gap, shift back by as much as lies between it and its keyframe, which must be decoded anyway.
+    Raises ValueError where the film ends too early."""
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -545,12 +540,10 @@ def read_frames(path, places, height, width, far=250):
         start = stream.start_time or 0
         scaler = VideoReformatter()
         frames = container.decode(stream)
-        frame = None
-        position = -1
+        position = -1  # of `frame`
         shift = 0
-        previous = 0
-        for place in places:
-            if has_times and place > previous + far:
+        for previous, place in zip([0, *places], places):
+            if has_times and place > previous + 250:
                 container.seek(start + int(place / per_tick), stream=stream)
                 frames = container.decode(stream)
                 frame = next(frames)
@@ -564,8 +557,7 @@ def read_frames(path, places, height, width, far=250):
                 position += 1
                 if has_times:
                     position = round((frame.pts - start) * per_tick)
-            yield upright(frame, scaler, height, width)
-            previous = place
+            yield place, upright(frame, scaler, height, width)
 
 
 def read_picture(path, height, width):
@@ -580,40 +572,36 @@ def read_picture(path, height, width):
 def read_clip(path, windows, stride, pixels, done):
     """Decodes the windows of one clip, {window: first frame}, into pixels [windows, t, 3, h, w]. A
     picture is a clip that stands still."""
-    if done[list(windows)].all():
+    rows = list(windows)
+    if done[rows].all():
         return
     _, t, _, h, w = pixels.shape
     if path.suffix.lower() in PICTURES:
-        pixels[list(windows)] = read_picture(path, h, w)
-        done[list(windows)] = 1
-        return
-    wanted = {}  # frame -> its places in `pixels`
-    for window, first in windows.items():
-        for k in range(t):
-            wanted.setdefault(first + k * stride, []).append((window, k))
-    images = read_frames(path, sorted(wanted), h, w)
-    for frame, image in zip(sorted(wanted), images):
-        for place in wanted[frame]:
-            pixels[place] = image
-    done[list(windows)] = 1
+        pixels[rows] = read_picture(path, h, w)
+    else:
+        wanted = {}  # frame -> its places in `pixels`
+        for window, first in windows.items():
+            for k in range(t):
+                wanted.setdefault(first + k * stride, []).append((window, k))
+        for frame, image in read_frames(path, sorted(wanted), h, w):
+            for place in wanted[frame]:
+                pixels[place] = image
+    done[rows] = 1
 
 
-def in_parallel(function, items, skipped, what):
-    """-> function(*item) of all items, by several threads; `skipped` gets a line for each item with
-    which it raises."""
+def in_parallel(function, items, what):
+    """-> function(*item) of all items, by several threads, but for those with which it raises; and
+    a line for each of these."""
     def attempt(item):
         try:
             return function(*item), None
         except Exception as error:  # PyAV raises dozens of kinds
             return None, f"{item[0]}: {error}"
 
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # on Ctrl-C `map` drops what has not begun
         results = list(progress(pool.map(attempt, items), desc=what, total=len(items)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    skipped += [error for _, error in results if error]
-    return [result for result, error in results if not error]
+    errors = [error for _, error in results if error]
+    return [result for result, error in results if not error], errors
 
 
 def spread(counts, firsts, most):
@@ -663,18 +651,18 @@ def map_store(path, shape):
 def allocate(path, n_bytes):
     """Makes a file. A full disk shows now, not as a crash while it is mapped."""
     with open(path, "wb") as file:
-        file.truncate(n_bytes)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
+        file.truncate(n_bytes)
 
 
 def usable_clips(folder, span, picture_share):
     """-> the clips and the pictures of a folder, two lists of Clip; says what was found. span:
     frames that a window reaches over."""
-    skipped = []
-    layout, found = find_clips(folder, skipped)
+    layout, found, skipped = find_clips(folder)
     items = [(file, caption, span) for file, caption in found.items()]
-    usable = in_parallel(look_at, items, skipped, "looking at clips")
+    usable, errors = in_parallel(look_at, items, "looking at clips")
+    skipped += errors
     clips = [clip for clip in usable if clip.frames >= span]
     pictures = [clip for clip in usable if clip.frames < span]
     if pictures and not picture_share:
@@ -685,7 +673,8 @@ def usable_clips(folder, span, picture_share):
         skipped += [f"{clip.path}: {clip.frames} frames, where {2 * span} are the least"
                     for clip in clips if clip.frames < 2 * span]
         clips = [clip for clip in clips if clip.frames >= 2 * span]
-    say_skipped(skipped)
+    for line in skipped[:10]:
+        say(f"skipped {line}")
     if not clips:
         fail(f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
              "and frog.txt (20 pictures alone will do, if --size begins with 1x)")
@@ -697,11 +686,6 @@ def usable_clips(folder, span, picture_share):
         fail(f"the .npy embeddings in {folder} must have as many channels, one for every clip and "
              "picture")
     return clips, pictures
-
-
-def say_skipped(lines):
-    for line in lines[:10]:
-        say(f"skipped {line}")
 
 
 def prepare_store(path, n_bytes):
@@ -745,13 +729,14 @@ def store_windows(settings, path):
         of_clip.setdefault(clip, {})[window] = first
     items = [(paths[clip], of_one, settings["stride"], pixels.numpy(), done.numpy())
              for clip, of_one in of_clip.items()]
-    unreadable = []
-    in_parallel(read_clip, items, unreadable, "reading clips")
-    say_skipped(unreadable)
+    _, unreadable = in_parallel(read_clip, items, "reading clips")
+    for line in unreadable[:10]:
+        say(f"skipped {line}")
 
-    known = len(windows) - len(test)  # windows and pictures to train on
-    path_of = {captions[windows[i][0]]: paths[windows[i][0]] for i in range(known) if done[i]}
-    kept = [i for i in range(len(windows)) if done[i] and captions[windows[i][0]] in path_of]
+    known = len(train) + len(stills)  # windows and pictures to train on
+    caption_of = [captions[clip] for clip, _ in windows]
+    path_of = {caption_of[i]: paths[windows[i][0]] for i in range(known) if done[i]}
+    kept = [i for i in range(len(windows)) if done[i] and caption_of[i] in path_of]
     n_train = sum(i < len(train) for i in kept)
     n_known = sum(i < known for i in kept)
     if not n_train or n_known == len(kept):
@@ -764,7 +749,7 @@ def store_windows(settings, path):
             of_empty = read_embedding(empty) if empty.exists() else torch.zeros(1, dims[0])
             embeddings = pad_sequence([*arrays, of_empty.half()], batch_first=True)
     save(path, stage="windows", settings=settings, store=store.name, shape=shape, kept=kept,
-         captions=[captions[windows[i][0]] for i in kept], train_clips=n_train,
+         captions=[caption_of[i] for i in kept], train_clips=n_train,
          pictures=n_known - n_train, embeddings=embeddings)
 
 
@@ -837,25 +822,22 @@ def kept_bytes(vae, clip_size):
     data: of all layers; and with gradient checkpointing, all layers' inputs and what the largest
     layer keeps."""
     vae = copy.deepcopy(vae).to("meta", torch.bfloat16)
+    t, h, w = clip_size
+    p = vae.patch
+    x = torch.empty(1, 3 * p ** 2, t, h // p, w // p, device="meta", dtype=torch.bfloat16)
     kept = set()  # storages, each once
     hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.add(x.untyped_storage()), lambda _: None)
+        lambda saved: kept.add(saved.untyped_storage()), lambda _: None)
     of_inputs = []
     of_layers = []
-
-    def run_layers(layers, x):
-        for layer in layers:
-            kept.clear()
-            of_inputs.append(x.nbytes)
-            with hooks:
-                x = layer(x.detach().requires_grad_())
-            of_layers.append(sum(storage.nbytes() for storage in kept))
-        return x
-
-    vae.run_layers = run_layers
-    pixels = torch.empty(1, 3, *clip_size, device="meta", dtype=torch.bfloat16)
-    mean, _ = vae.encode(pixels)
-    vae.decode(mean)
+    for layer in [*vae.encoder, *vae.decoder]:
+        if layer is vae.decoder[0]:
+            x, _ = x.chunk(2, dim=1)  # the mean
+        kept.clear()
+        of_inputs.append(x.nbytes)
+        with hooks:
+            x = layer(x.detach().requires_grad_())
+        of_layers.append(sum(storage.nbytes() for storage in kept))
     return sum(of_layers), sum(of_inputs) + max(of_layers)
 
 
@@ -879,11 +861,12 @@ def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
     total = torch.zeros(latent_shape[0], dtype=torch.float64)
     total_of_squares = total.clone()
     for start in progress(range(0, len(latents), batch_size), desc="encoding"):
-        batch = range(start, min(start + batch_size, len(latents)))
+        batch = slice(start, start + batch_size)
+        clips = data.clip(list(range(len(latents))[batch]))
         with precision():
-            mean, _ = vae.encode(data.clip(list(batch)).to(device))
-        latents[start:batch.stop] = mean.half().cpu()
-        training = latents[start:min(batch.stop, len(data.train))].double()
+            mean, _ = vae.encode(clips.to(device))
+        latents[batch] = mean.half().cpu()
+        training = latents[:len(data.train)][batch].double()
         total += training.sum((0, 2, 3, 4))
         total_of_squares += training.square().sum((0, 2, 3, 4))
     count = len(data.train) * math.prod(latent_shape[1:])
