@@ -14,9 +14,9 @@ parser, and adds learnable layers with full 3D attention and cross-attention to 
 
 Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the
 same low level s before they are judged; the shared modulation is frozen, too; the student does not
-hear the discriminator for some warm-up steps, or it outruns it; x0 is noised again between sampling
-steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG trajectory
-from the same x_t.
+hear the discriminator for some warm-up steps, or it would outrun it; x0 is noised again between
+sampling steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG
+trajectory from the same x_t.
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
@@ -31,10 +31,10 @@ from einops import rearrange
 from torch import nn
 
 from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file,
-                    add_training_flags, average_gradients, average_weights, check_settings,
-                    checksum, count_parameters, fail, finish, make_parser, micro_batches,
-                    not_negative, number, positive, print_memory, run_script, save, set_up,
-                    settings_of, step_generator, stop_if_done, warmup_cosine)
+                    add_training_flags, average_gradients, average_weights, checksum,
+                    count_parameters, fail, finish, make_parser, micro_batches, not_negative,
+                    number, positive, print_memory, run_script, save, set_up, settings_of,
+                    step_generator, stop_if_done, warmup_cosine)
 from dit import (Block, Latents, add_image_share, add_noise, guided_velocity, kept_bytes,
                  load_dit, logit_normal, per_frame, planned_config, planned_tokens, print_cost,
                  start_of)
@@ -147,12 +147,11 @@ class Discriminator(nn.Module):
         del self.parser.final_layer  # only a velocity needs it
         self.blocks = nn.ModuleList()
         for _ in range(trainable_blocks):
-            if head == "attention":
-                block = Block(width, config["heads"], config["head_dim"], config["ffn"],
-                              has_padding=config["text_dim"] > 0)
+            if head == "convolution":
+                self.blocks.append(Convolution(width))
             else:
-                block = Convolution(width)
-            self.blocks.append(block)
+                self.blocks.append(Block(width, config["heads"], config["head_dim"], config["ffn"],
+                                         has_padding=config["text_dim"] > 0))
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, 1)
 
@@ -167,7 +166,7 @@ class Discriminator(nn.Module):
             if isinstance(block, Convolution):
                 x = block(x, x_s.shape[2:])
             else:
-                x = self.parser.run_block(block, x, modulation, text, rope)
+                x = self.parser.run_block(block, x, modulation, text, rope, {})
         score_per_token = self.out(self.norm(x)).squeeze(-1)  # [b, n]
         return score_per_token.mean(dim=1).float()
 
@@ -224,21 +223,19 @@ def parse_arguments(argv):
 
 
 def print_costs(args):
-    """--dry-run. The student's gradient also passes through all blocks of the discriminator."""
+    """--dry-run."""
     config = planned_pruned(args.preset)
     n = planned_tokens(args)
     teacher_params = print_cost("teacher", planned_config(args.preset), n)
     params = print_cost("student", config, n)
-    of_parser = config | dict(depth=args.frozen_blocks)
-    of_head = config | dict(depth=args.trainable_blocks)
-    parser_params = print_cost("discriminator, frozen", of_parser, n)
-    head_params = print_cost("discriminator, trainable", of_head, n)
-    kept = []
-    for gradient_checkpointing in (False, True):
-        parts = [kept_bytes(c, n, gradient_checkpointing) for c in (config, of_parser, of_head)]
-        kept.append(sum(parts))
+    parser_params = print_cost("discriminator, frozen", config | dict(depth=args.frozen_blocks), n)
+    head_params = print_cost("discriminator, trainable",
+                             config | dict(depth=args.trainable_blocks), n)
+    # The student's gradient passes through its own blocks and all of the discriminator's.
+    blocks = config["depth"] + args.frozen_blocks + args.trainable_blocks
     print_memory(args, FROZEN_BYTES * (teacher_params + parser_params)
-                 + TRAINED_BYTES * (params + head_params), *kept)
+                 + TRAINED_BYTES * (params + head_params),
+                 *kept_bytes(config | dict(depth=blocks), n))
 
 
 def main(argv=None):
@@ -247,29 +244,24 @@ def main(argv=None):
         print_costs(args)
         return
     device, precision = set_up(args)
-    teacher, teacher_checkpoint = load_dit(args.teacher, device, "dit")
-    start, start_checkpoint = load_dit(args.pruned, device, "pruned", "dit")
     data = Latents(args.latents)
-    of_data = dict(latents_checksum=data.checksum)
-    check_settings(args.teacher, teacher_checkpoint["settings"], of_data)
-    check_settings(args.pruned, start_checkpoint["settings"], of_data)
-    settings = settings_of(args) | of_data | dict(
-        teacher_checksum=checksum(teacher.parameters()),
-        pruned_checksum=checksum(start.parameters()))
+    teacher, _ = load_dit(args.teacher, device, "dit", data=data)
+    student, _ = load_dit(args.pruned, device, "pruned", "dit", data=data)
+    settings = settings_of(args) | dict(
+        latents_checksum=data.checksum, teacher_checksum=checksum(teacher.parameters()),
+        pruned_checksum=checksum(student.parameters()))
     results = [args.out, args.discriminator] if args.adversarial else [args.out]
     stop_if_done(results, settings, "distill", "sample.py --score")
 
     torch.manual_seed(args.seed)
-    student = copy.deepcopy(start).train().requires_grad_(True)
-    student.gradient_checkpointing = args.gradient_checkpointing
+    student.train().requires_grad_(True)
+    student.gradient_checkpointing = args.gradient_checkpointing  # and the discriminator's copy
     design = dict(frozen_blocks=args.frozen_blocks, trainable_blocks=args.trainable_blocks,
                   head=args.d_head, time_conditioning=args.time_conditioning)
     try:
-        discriminator = Discriminator(start, **design).to(device)
+        discriminator = Discriminator(student, **design).to(device)
     except ValueError as error:
         fail(f"--frozen-blocks: {error}")
-    discriminator.parser.gradient_checkpointing = args.gradient_checkpointing
-    del start
     ema = average_weights(student, args)
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
     d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
@@ -317,6 +309,7 @@ def main(argv=None):
             x_t = add_noise(real, noise, t)
             loss = 0.0
             with precision():
+                # Made again: with a graph it could not wait for the discriminator's step.
                 fake = predict(student, x_t, t, student.text_encoder(prompts))
                 if args.distillation:
                     target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg,
@@ -327,19 +320,18 @@ def main(argv=None):
                     loss = loss + args.distillation * distillation
                     loop.log(distillation=fraction * distillation)
                 if args.adversarial:
-                    generator = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
+                    adversary = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
                     weight = args.adversarial if step >= args.d_warmup_steps else 0.0
-                    loss = loss + weight * generator
-                    loop.log(generator=fraction * generator)
+                    loss = loss + weight * adversary
+                    loop.log(generator=fraction * adversary)
             (fraction * loss).backward(inputs=list(student.parameters()))
         average_gradients(student.parameters(), args.batch_size)
         loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         optimizer.step()
         ema.update_parameters(student)
 
-    params = count_parameters(student)
-    metrics = dict(params=params, discriminator_params=count_parameters(discriminator),
-                   nfe=args.sampling_steps)
+    metrics = dict(params=count_parameters(student),
+                   discriminator_params=count_parameters(discriminator), nfe=args.sampling_steps)
     for name, values in loop.history.items():
         metrics[name] = sum(values[-20:]) / len(values[-20:])
     if args.adversarial:  # no later stage reads it

@@ -35,10 +35,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from common import (SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, average_weights, count_parameters, fail, finish, load,
-                    make_parser, micro_batches, number, positive, print_memory, reading, run_script,
-                    save, say, set_up, settings_of, size, step_generator, stop_if_done,
-                    warmup_cosine)
+                    average_gradients, average_weights, check_settings, count_parameters, fail,
+                    finish, load, make_parser, micro_batches, number, positive, print_memory,
+                    reading, run_script, save, say, set_up, settings_of, size, step_generator,
+                    stop_if_done, warmup_cosine)
 from vae import PRESETS as VAE_PRESETS
 from vae import RMSNorm, latent_size
 
@@ -56,7 +56,8 @@ PRESETS = {
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128,
                 lr=0.02, optimizer="muon", ema=0.9995),
-    # The paper's teacher, on the phone's clips; prune.py cuts the phone's model out of it.
+    # Stated: the sizes, AdamW, its rate. The paper's teacher, on the phone's clips; prune.py cuts
+    # the phone's model out of it.
     "mobile": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000,
                    batch_size=256, lr=5e-5, optimizer="adamw", ema=0.9995),
 }
@@ -137,8 +138,7 @@ def rope_angles(t, h, w, head_dim, device):
 
 
 def rotate(x, rope):
-    """Turns channels i and i + head_dim / 2, as a pair, by their token's angle; x: [b, heads, n,
-    head_dim]."""
+    """Turns channels i and i + head_dim/2 of x [b, heads, n, head_dim] by their token's angle."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
@@ -171,12 +171,10 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(head_dim)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x, context=None, rope=None, head_mask=None):
-        context = x if context is None else context
+    def forward(self, x, context, rope=None, head_mask=None):
         q = rearrange(self.q(x), "b n (heads d) -> b heads n d", heads=self.heads)
-        kv = rearrange(self.kv(context), "b m (two heads d) -> two b heads m d", two=2,
-                       heads=self.heads)
-        k, v = kv  # each [b, heads, m, d]
+        k, v = rearrange(self.kv(context), "b m (two heads d) -> two b heads m d", two=2,
+                         heads=self.heads)
         q = self.norm_q(q)
         k = self.norm_k(k)
         if rope is not None:
@@ -249,22 +247,20 @@ class Block(nn.Module):
         # the identity and learns at once.
         table = torch.tensor([0.0, 0, 1, 0, 0, 1])  # shift, scale, gate of attention and of FFN
         self.scale_shift_table = nn.Parameter(table[:, None].repeat(1, width))
-        nn.init.zeros_(self.self_attention.out.weight)
-        nn.init.zeros_(self.cross_attention.out.weight)
-        nn.init.zeros_(self.feed_forward.down.weight)
+        for layer in (self.self_attention.out, self.cross_attention.out, self.feed_forward.down):
+            nn.init.zeros_(layer.weight)
 
-    def forward(self, x, modulation, text, rope, masks=None):
+    def forward(self, x, modulation, text, rope, masks):
         """x: [b, n, width]; modulation: [b, frames or 1, 6, width]; text: [b, m, width]; rope: cos
-        and sin [n, head_dim / 2]. masks: None, or this block's, `blocks` a scalar, `self_heads` and
-        `cross_heads` [heads], `ffn` [ffn]. -> [b, n, width]"""
-        masks = masks or {}
+        and sin [n, head_dim / 2]; masks: of this block, as in DiT.forward. -> [b, n, width]"""
         block_mask = masks.get("blocks", 1)
         signals = (modulation + self.scale_shift_table).unsqueeze(3)  # [b, frames, 6, 1, width]
         shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(2)
         by_frame = modulation.shape[1], -1
         x = x.unflatten(1, by_frame)  # [b, frames, h*w, width]
+        # Under autocast the norm is float32: cast once, for q, k and v.
         update = modulate(self.norm1(x), shift1, scale1).flatten(1, 2).type_as(modulation)
-        update = self.self_attention(update, rope=rope, head_mask=masks.get("self_heads"))
+        update = self.self_attention(update, update, rope, masks.get("self_heads"))
         x = x + block_mask * gate1 * update.unflatten(1, by_frame)
         update = self.norm2(x).flatten(1, 2)
         update = self.cross_attention(update, text, head_mask=masks.get("cross_heads"))
@@ -304,7 +300,6 @@ class DiT(nn.Module):
         self.config = dict(latent_channels=latent_channels, width=width, depth=depth, heads=heads,
                            head_dim=head_dim, ffn=ffn, vocabulary=vocabulary,
                            text_tokens=text_tokens, text_dim=text_dim)
-        self.head_dim = head_dim
         self.gradient_checkpointing = False
         time_dim = width // 2
         self.text_encoder = TextEncoder(width, vocabulary, text_tokens, text_dim)
@@ -326,7 +321,7 @@ class DiT(nn.Module):
         """-> tokens [b, n, width], modulation [b, frames or 1, 6, width], RoPE's cos and sin
         [n, head_dim / 2], and the embedded noise levels [b, frames or 1, width / 2]."""
         x = self.x_embedder(rearrange(x_t, "b c t h w -> b (t h w) c"))
-        angles = rope_angles(*x_t.shape[2:], self.head_dim, x.device)
+        angles = rope_angles(*x_t.shape[2:], self.config["head_dim"], x.device)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         t_embedding = self.t_embedder(t.view(len(t), -1))
         modulation = self.modulation(t_embedding).unflatten(2, (6, -1))
@@ -359,8 +354,7 @@ def per_frame(t):
 
 
 def add_noise(x0, noise, t):
-    """x_t on the straight line from data x0 to noise, each [b, c, t, h, w]; t: [b] or
-    [b, frames]."""
+    """x_t on the straight line from x0 to noise, both [b, c, t, h, w]; t: [b] or [b, frames]."""
     t = per_frame(t)
     return (1 - t) * x0 + t * noise
 
@@ -447,30 +441,28 @@ class Latents:
             self.train = range(n)
             self.pictures = range(n, n + self.checkpoint["pictures"])
             self.test = range(self.pictures.stop, len(self.latents))
-            self.captions = self.checkpoint["captions"][:self.pictures.stop]  # pictures' as well
-            self.test_captions = self.checkpoint["captions"][self.pictures.stop:]
-            known = sorted(set(self.captions))
-            embeddings = self.checkpoint["embeddings"]
-            if embeddings is not None:
-                text_tokens, self.text_dim = embeddings.shape[1:]
-            else:
-                text_tokens = max(len(words(caption)) for caption in known)
+            self.captions = self.checkpoint["captions"]
+            drawn = self.captions[:self.pictures.stop]  # what is trained on
+            known = sorted(set(drawn))
+            self.number_of = {caption: i for i, caption in enumerate(known)}
+            self.caption_number = torch.tensor([self.number_of[caption] for caption in drawn])
+            vocabulary = ["<pad>", *sorted(set(words(" ".join(known))))]
+            if self.checkpoint["embeddings"] is None:
                 self.text_dim = 0
+                text_tokens = max(len(words(caption)) for caption in known)
+                self.prompts = tokenize(known, vocabulary, text_tokens)  # [captions, words]
+                self.empty = PAD
+            else:
+                self.prompts = self.checkpoint["embeddings"]  # [captions + 1, tokens, dim], mapped
+                self.empty = self.prompts[-1]
+                text_tokens, self.text_dim = self.prompts.shape[1:]
             # What a checkpoint needs beside the weights, so that sampling needs no data set.
             self.metadata = dict(
-                vocabulary=["<pad>", *sorted(set(words(" ".join(known))))],
-                text_tokens=text_tokens, captions=sorted(set(self.captions[:n])),
+                vocabulary=vocabulary, text_tokens=text_tokens,
+                captions=sorted(set(self.captions[:n])),
                 held_out_captions=self.checkpoint["held_out_captions"],
                 latent_shape=list(self.latents.shape[1:]),
                 vae_checksum=self.checkpoint["vae_checksum"])
-            self.number_of = {caption: i for i, caption in enumerate(known)}
-            self.caption_number = torch.tensor([self.number_of[c] for c in self.captions])
-            if embeddings is None:
-                self.prompts = self.prompts_of(known)  # [captions, words]
-                self.empty = PAD
-            else:
-                self.prompts = embeddings  # [captions + 1, tokens, dim], mapped
-                self.empty = embeddings[-1]
             self.x0([0])  # raises if mean and std do not fit the latents
 
     def prompts_of(self, captions):
@@ -489,32 +481,33 @@ class Latents:
 
     def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0, picture_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
-        empty for CFG; noise, as x0; t [b, frames], alike but for the first one of an image_share of
-        the clips, which is 0: given, to go on from. A picture_share of the batches are pictures:
-        the first latent frames alone, of pictures and clips alike."""
+        empty for CFG; noise, as x0; t [b, frames], one level per clip, but 0 for the first frame of
+        an image_share of the clips: that frame is given, to go on from. A picture_share of the
+        batches are pictures: the first latent frames alone, of pictures and clips alike."""
         is_pictures = torch.rand((), generator=generator) < picture_share
+        frames = 1 if is_pictures else self.latents.shape[2]
         choices = self.pictures.stop if is_pictures else self.train.stop
         picked = torch.randint(choices, (batch_size,), generator=generator)[SHARE]
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
-        t = t[:, None].repeat(1, noise.shape[2])
+        t = t[:, None].repeat(1, frames)
         is_given = torch.rand(batch_size, generator=generator)[SHARE] < image_share
+        if frames > 1:  # of a picture nothing would be left to learn
+            t[is_given, 0] = 0
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = self.empty
-        if is_pictures:
-            return self.x0(picked)[:, :, :1], prompts, noise[:, :, :1], t[:, :1]
-        if noise.shape[2] > 1:  # of a picture nothing would be left to learn
-            t[is_given, 0] = 0
-        return self.x0(picked), prompts, noise, t
+        return self.x0(picked)[:, :, :frames], prompts, noise[:, :, :frames], t
 
 
-def load_dit(path, device, *stages):
-    """-> the model in eval mode, and its checkpoint."""
+def load_dit(path, device, *stages, data=None):
+    """-> the model in eval mode, and its checkpoint. data: Latents that it must be trained on."""
     checkpoint = load(path, *stages)
     with reading(path):
         dit = DiT(**checkpoint["config"])
         dit.load_state_dict(checkpoint["model"])
+    if data is not None:
+        check_settings(path, checkpoint["settings"], dict(latents_checksum=data.checksum))
     return dit.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -554,15 +547,14 @@ def forward_flops(config, n):
     return 2 * config["depth"] * (self_attention + cross_attention + feed_forward)
 
 
-def kept_bytes(config, n, gradient_checkpointing):
-    """What the blocks keep of a clip of n tokens for the backward pass under bfloat16 autocast: an
-    estimate. Gradient checkpointing keeps their inputs, in float32, and all of one block."""
+def kept_bytes(config, n):
+    """What the blocks keep of a clip of n tokens for the backward pass under bfloat16 autocast, an
+    estimate; and with gradient checkpointing: their inputs, in float32, and all of one block."""
     # Bytes per token and channel, counted in what autograd saves of one block (tests/test_dit.py).
     inner = config["heads"] * config["head_dim"]
     per_token = 34 * config["width"] + 26 * inner + 4 * config["ffn"]
-    if gradient_checkpointing:
-        return n * (config["depth"] * 4 * config["width"] + per_token)
-    return n * config["depth"] * per_token
+    inputs = 4 * config["depth"] * config["width"]
+    return n * config["depth"] * per_token, n * (inputs + per_token)
 
 
 def planned_config(preset):
@@ -578,7 +570,7 @@ def planned_config(preset):
 def planned_tokens(args):
     """-> tokens of a clip of the preset's size, or of that given with --dry-run."""
     of_vae = VAE_PRESETS[args.preset]
-    clip_size = args.dry_run or size(of_vae["size"])
+    clip_size = args.dry_run or size(of_vae["size"])  # --dry-run alone is ()
     return math.prod(latent_size(clip_size, size(of_vae["ratio"])))
 
 
@@ -623,8 +615,7 @@ def main(argv=None):
         config = planned_config(args.preset) | sizes
         n = planned_tokens(args)
         params = print_cost("DiT", config, n)
-        print_memory(args, TRAINED_BYTES * params, kept_bytes(config, n, False),
-                     kept_bytes(config, n, True))
+        print_memory(args, TRAINED_BYTES * params, *kept_bytes(config, n))
         return
     device, precision = set_up(args)
     data = Latents(args.latents)

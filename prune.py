@@ -15,11 +15,12 @@ parameters (in our reading 1.91 B -> 0.955 B).
     3. cut           copy the kept rows and columns: the same function, a smaller config
     4. recovery      train the small model under KD
 
-Our reading: the linear layers' channels are the FFN's hidden ones; first-order Taylor importance of
-the flow-matching loss; straight-through gradients, normalised, under SGD; a cubic budget schedule
-that ends at 70 % of the mask steps, where the masks come to rest; one count of heads and channels
-for all blocks (so that one config describes the model); three losses (flow matching, the teacher's
-velocity, its tokens after each block) of the same weight.
+Our reading: the four steps; the heads of both attentions; the linear layers' channels are the FFN's
+hidden ones; first-order Taylor importance of the flow-matching loss; straight-through gradients,
+normalised, under SGD; a cubic budget schedule that ends at 70 % of the mask steps, where the masks
+come to rest; one count of heads and channels for all blocks (so that one config describes the
+model); three losses (flow matching, the teacher's velocity, its tokens after each block) of the
+same weight.
 
     python prune.py                                    # runs/tiny/dit.pt -> masks.pt, pruned.pt
     python prune.py --run runs/x --blocks 7 --ffn 512 --heads 3    # heads alone
@@ -32,10 +33,10 @@ from einops import rearrange
 from torch import nn
 
 from common import (FROZEN_BYTES, TRAINED_BYTES, WORLD, Loop, Optimizer, add_file,
-                    add_training_flags, average_gradients, average_weights, check_settings,
-                    checksum, count_parameters, fail, finish, make_parser, micro_batches, number,
-                    positive, print_memory, progress, run_script, save, set_up, settings_of,
-                    step_generator, steps_of, stop_if_done, warmup_cosine)
+                    add_training_flags, average_gradients, average_weights, checksum,
+                    count_parameters, fail, finish, make_parser, micro_batches, number, positive,
+                    print_memory, progress, run_script, save, set_up, settings_of, step_generator,
+                    steps_of, stop_if_done, warmup_cosine)
 from dit import (DiT, Latents, add_image_share, add_noise, flow_loss, kept_bytes, load_dit,
                  planned_config, planned_tokens, print_cost, velocity_loss)
 
@@ -61,8 +62,7 @@ PRESETS["server"] = PRESETS["mobile"]
 
 
 def full_masks(config):
-    """All units on: `blocks` [depth], `self_heads` and `cross_heads` [depth, heads], `ffn`
-    [depth, ffn]."""
+    """All units on, in the shapes that `DiT.forward` takes."""
     depth = config["depth"]
     heads = config["heads"]
     return {"blocks": torch.ones(depth), "self_heads": torch.ones(depth, heads),
@@ -107,8 +107,7 @@ def sensitivity(dit, criterion, batches, seed=0, batch_size=1, accumulate=1):
         return weight_magnitude(dit)
     if criterion == "random":
         g = torch.Generator().manual_seed(seed)
-        device = batches[0][0].device
-        return {name: torch.rand(m.shape, generator=g).to(device)
+        return {name: torch.rand(m.shape, generator=g)
                 for name, m in full_masks(dit.config).items()}
     return taylor_importance(dit, batches, batch_size, accumulate)
 
@@ -121,7 +120,7 @@ class Masks(nn.Module):
 
     def __init__(self, scores, budget):
         """scores: where the logits start, standardised per row; budget: {mask: units per row that
-        stay}; a mask that it does not name keeps all."""
+        stay}."""
         super().__init__()
         self.budget = budget
         self.logits = nn.ParameterDict()
@@ -138,7 +137,7 @@ class Masks(nn.Module):
         masks = {}
         for name, logits in self.logits.items():
             units = logits.shape[-1]
-            budget = self.budget.get(name, units)
+            budget = self.budget[name]
             k = round(budget + (units - budget) * (1 - done) ** 3)
             kept = logits.topk(k, dim=-1).indices
             hard = torch.zeros_like(logits).scatter(-1, kept, 1.0)
@@ -158,7 +157,6 @@ class Masks(nn.Module):
 
 def cut(dit, masks):
     """The dense model that computes what `dit` computes under these {0, 1} masks."""
-    head_dim = dit.head_dim
     kept_blocks = masks["blocks"].nonzero().flatten().tolist()
     config = dit.config | dict(depth=len(kept_blocks), heads=int(masks["self_heads"][0].sum()),
                                ffn=int(masks["ffn"][0].sum()))
@@ -168,7 +166,8 @@ def cut(dit, masks):
     for new_block, i in zip(dense.blocks, kept_blocks):
         state = dit.blocks[i].state_dict()
         for attention, name in ("self_attention", "self_heads"), ("cross_attention", "cross_heads"):
-            on = masks[name][i].bool().repeat_interleave(head_dim)  # rows of q, k and v
+            on = masks[name][i].bool()
+            on = on.repeat_interleave(dit.config["head_dim"])  # rows of q, k and v
             state[f"{attention}.q.weight"] = state[f"{attention}.q.weight"][on]
             state[f"{attention}.kv.weight"] = state[f"{attention}.kv.weight"][torch.cat([on, on])]
             state[f"{attention}.out.weight"] = state[f"{attention}.out.weight"][:, on]
@@ -190,9 +189,10 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
     t [b] or [b, frames]."""
     x0, prompts, noise, t = batch
     x_t = add_noise(x0, noise, t)
-    with torch.no_grad():
-        teacher_velocity, teacher_features = teacher(x_t, t, teacher.text_encoder(prompts),
-                                                     return_features=True)
+    if kd:
+        with torch.no_grad():
+            teacher_velocity, teacher_features = teacher(x_t, t, teacher.text_encoder(prompts),
+                                                         return_features=True)
     velocity, features = student(x_t, t, student.text_encoder(prompts), masks,
                                  return_features=True)
     loss = velocity_loss(velocity, noise - x0, t)
@@ -226,13 +226,12 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     for i in range(8):
         batch = draw_batch(args, data, "sensitivity", i)
         batches.append([x.to(device) for x in batch])
-    teacher.gradient_checkpointing = args.gradient_checkpointing  # for the gradient of its masks
+    teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
         scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
                              args.accumulate)
     masks = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
-    student.gradient_checkpointing = args.gradient_checkpointing
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
     mask_lr = args.mask_lr if args.criterion == "learned" else 0.0
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=mask_lr, momentum=0.9)
@@ -262,36 +261,12 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     return student, scores, masks, loop
 
 
-def recover(args, settings, data, teacher, dense, kept_blocks, device, precision):
-    """Step 4. -> the EMA of the dense model's weights, and the loop."""
-    ema = average_weights(dense, args)
-    optimizer = Optimizer(dense, args.optimizer, args.lr, precision)
-    loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
-
-    draw = partial(draw_batch, args, data, "prune")
-    loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
-                optimizer=optimizer)
-    for step, batch in loop:
-        optimizer.set_lr(warmup_cosine(step, args.steps))
-        dense.zero_grad()
-        for fraction, part in micro_batches(batch, args.accumulate):
-            with precision():
-                loss = fraction * loss_fn(dense, teacher, part, args.kd, None, kept_blocks)
-            loss.backward()
-            loop.log(loss=loss)
-        average_gradients(dense.parameters(), args.batch_size)
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(dense.parameters(), 1.0))
-        optimizer.step()
-        ema.update_parameters(dense)
-    return ema.module, loop
-
-
 @torch.no_grad()
 def largest_difference(dense, student, masks, data):
     """Between the velocities of the dense model and of its masked parent, on one batch."""
     device = masks["ffn"].device
     batch = data.draw(step_generator("difference"), batch_size=8 * WORLD)
-    x_t, prompts, _, t = [x.to(device) for x in batch]  # x0, used as it is
+    x_t, prompts, _, t = [x.to(device) for x in batch]  # any x_t will do: x0
     masked = student(x_t, t, student.text_encoder(prompts), masks)
     return (dense(x_t, t, dense.text_encoder(prompts)) - masked).abs().max().item()
 
@@ -299,9 +274,9 @@ def largest_difference(dense, student, masks, data):
 def kept_sizes(args, config):
     """-> depth, heads and ffn of the pruned config."""
     sizes = dict(depth=args.blocks, heads=args.heads, ffn=args.ffn)
-    for flag, (key, n) in zip(("--blocks", "--heads", "--ffn"), sizes.items()):
+    for key, n in sizes.items():
         if n > config[key]:
-            fail(f"{flag} {n}: the teacher has {config[key]}")
+            fail(f"{key} {n}: the teacher has {config[key]}")
     if all(n == config[key] for key, n in sizes.items()):
         fail(f"nothing to cut, the teacher has as many: {sizes}")
     return sizes
@@ -348,9 +323,8 @@ def print_costs(args):
     pruned_params = print_cost("pruned", config | kept_sizes(args, config), n)
     print(f"  pruned to {pruned_params / params:.1%} of the parameters")
     teacher_features = 4 * config["depth"] * n * config["width"]
-    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES - 4) * params,  # no average of the weights
-                 kept_bytes(config, n, False) + teacher_features,
-                 kept_bytes(config, n, True) + teacher_features)
+    kept = [of_student + teacher_features for of_student in kept_bytes(config, n)]
+    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES - 4) * params, *kept)  # no average of weights
 
 
 def main(argv=None):
@@ -359,9 +333,8 @@ def main(argv=None):
         print_costs(args)
         return
     device, precision = set_up(args)
-    teacher, teacher_checkpoint = load_dit(args.dit, device, "dit")
     data = Latents(args.latents)
-    check_settings(args.dit, teacher_checkpoint["settings"], dict(latents_checksum=data.checksum))
+    teacher, _ = load_dit(args.dit, device, "dit", data=data)
     sizes = kept_sizes(args, teacher.config)
     settings = settings_of(args) | dict(latents_checksum=data.checksum,
                                         teacher_checksum=checksum(teacher.parameters()))
@@ -378,7 +351,26 @@ def main(argv=None):
     difference = largest_difference(dense, student, masks, data)
     mask_loop.state.clear()  # memory, as large as all that follows
     del student
-    model, loop = recover(args, settings, data, teacher, dense, kept_blocks, device, precision)
+
+    # 4. recovery
+    ema = average_weights(dense, args)
+    optimizer = Optimizer(dense, args.optimizer, args.lr, precision)
+    loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
+    draw = partial(draw_batch, args, data, "prune")
+    loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
+                optimizer=optimizer)
+    for step, batch in loop:
+        optimizer.set_lr(warmup_cosine(step, args.steps))
+        dense.zero_grad()
+        for fraction, part in micro_batches(batch, args.accumulate):
+            with precision():
+                loss = fraction * loss_fn(dense, teacher, part, args.kd, None, kept_blocks)
+            loss.backward()
+            loop.log(loss=loss)
+        average_gradients(dense.parameters(), args.batch_size)
+        loop.log(grad_norm=nn.utils.clip_grad_norm_(dense.parameters(), 1.0))
+        optimizer.step()
+        ema.update_parameters(dense)
 
     params = count_parameters(dense)
     metrics = dict(params=params, params_ratio=params / count_parameters(teacher),
@@ -387,8 +379,8 @@ def main(argv=None):
     save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=masks,
          scores=scores, metrics=metrics)
     history = {"masks_loss": mask_loop.history["loss"], "loss": loop.history["loss"]}
-    save(args.out, stage="pruned", config=dense.config, model=model.state_dict(), metrics=metrics,
-         settings=settings, history=history, **data.metadata)
+    save(args.out, stage="pruned", config=dense.config, model=ema.module.state_dict(),
+         metrics=metrics, settings=settings, history=history, **data.metadata)
     finish(args, "prune", metrics, "distill.py", mask_loop, loop)
 
 

@@ -29,6 +29,7 @@ import math
 import textwrap
 import time
 from html import escape
+from itertools import cycle, islice
 from pathlib import Path
 from string import Template
 
@@ -148,7 +149,8 @@ def centred(images, mask, pixels=24):
     """Each frame's subject, moved to the middle and scaled to one area: images [b, c, t, h, w],
     mask [b, t, h, w] -> [b, t, c * pixels * pixels]."""
     centre, area = centroids(mask)
-    half_side = area.clamp(min=4).sqrt()[..., None, None, None]  # of the window, [b, t, 1, 1, 1]
+    # Half the side of the window, which is as large as four subjects: [b, t, 1, 1, 1].
+    half_side = area.clamp(min=4).sqrt()[..., None, None, None]
     ticks = (torch.arange(pixels) + 0.5) / pixels * 2 - 1
     offsets = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
     position = centre[..., None, None, :] + offsets * half_side  # [b, t, pixels, pixels, 2]
@@ -187,17 +189,13 @@ def measure(clips):
     return torch.where(is_visible, torch.stack([color, shape, direction], dim=1), -1)
 
 
-def shape_number(caption):
-    return [name in words(caption) for name in SHAPES].index(True)
-
-
 def outline_iou(clips, captions):
     """How well the subject fills the outline that the caption asks for: intersection over union
     with the ideal shape where that fits best, mean over frames. clips: [b, 3, t, h, w] of `shapes`
     -> [b] in [0, 1]"""
     mask = subject_mask(clips)
     b, _, h, w = mask.shape
-    asked = [shape_number(caption) for caption in captions]
+    asked = [SHAPES.index(words(caption)[2]) for caption in captions]  # a COLOUR SHAPE moving ...
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
 
     def overlap(fit):
@@ -207,7 +205,8 @@ def outline_iou(clips, captions):
         union = torch.maximum(mask, ideal).sum((2, 3))
         return torch.minimum(mask, ideal).sum((2, 3)) / (union + 1e-6)
 
-    # Start from the centroid and about the right size; then take every step that fits better.
+    # Start from the centroid and about the right size; then take every step that fits better:
+    # to the right, down, larger, and back.
     centre, area = centroids(mask)
     radius = (area / 2).sqrt().clamp(min=1)
     fit = torch.cat([centre, radius[..., None]], dim=-1)
@@ -223,14 +222,11 @@ def outline_iou(clips, captions):
 
 def nearest_captions(x0, data, piece=4096):
     """Of each clip the caption of the nearest training clip, by distance of latents."""
-    least = torch.full((len(x0),), math.inf)
-    nearest = torch.zeros(len(x0), dtype=torch.long)
+    distances = []
     for start in range(0, len(data.train), piece):
         known = data.x0(data.train[start:start + piece])
-        distance, index = torch.cdist(x0.flatten(1), known.flatten(1)).min(1)
-        nearest = torch.where(distance < least, start + index, nearest)
-        least = torch.minimum(least, distance)
-    return [data.captions[i] for i in nearest]
+        distances.append(torch.cdist(x0.flatten(1), known.flatten(1)))
+    return [data.captions[i] for i in torch.cat(distances, dim=1).argmin(1)]
 
 
 def judge(captions, clips, x0, data):
@@ -253,22 +249,20 @@ def judge(captions, clips, x0, data):
 
 def motion_scores(clips, on_shapes):
     """Subject consistency (of filmed clips: of the whole frame), motion smoothness and dynamic
-    degree, means over clips [b, 3, t, h, w] in [-1, 1]; without those that t is too short for."""
+    degree, means over clips [b, 3, t, h, w] in [-1, 1]; none of fewer than three frames."""
     frames = clips / 2 + 0.5
-    scores = {}
-    if frames.shape[2] >= 2:
-        if on_shapes:
-            subject = centred(frames, subject_mask(clips))  # [b, t, values]
-        else:
-            subject = rearrange(frames, "b c t h w -> b t (c h w)")
-        similarity = F.cosine_similarity(subject[:, 1:], subject[:, :1], dim=-1)
-        scores["subject_consistency"] = similarity.mean().item()
-        scores["dynamic_degree"] = (frames[:, :, 1:] - frames[:, :, :-1]).abs().mean().item()
-    if frames.shape[2] >= 3:
-        neighbours = (frames[:, :, 2:] + frames[:, :, :-2]) / 2
-        distance = (frames[:, :, 1:-1] - neighbours).abs().mean().item()
-        scores["motion_smoothness"] = 1 - distance
-    return scores
+    if frames.shape[2] < 3:
+        return {}
+    if on_shapes:
+        subject = centred(frames, subject_mask(clips))  # [b, t, values]
+    else:
+        subject = rearrange(frames, "b c t h w -> b t (c h w)")
+    similarity = F.cosine_similarity(subject[:, 1:], subject[:, :1], dim=-1)
+    change = (frames[:, :, 1:] - frames[:, :, :-1]).abs()
+    neighbours = (frames[:, :, 2:] + frames[:, :, :-2]) / 2
+    distance = (frames[:, :, 1:-1] - neighbours).abs()
+    return dict(subject_consistency=similarity.mean().item(), dynamic_degree=change.mean().item(),
+                motion_smoothness=1 - distance.mean().item())
 
 
 def fixed_features(clips):
@@ -306,7 +300,7 @@ def validation_loss(dit, data, device, precision, batch=64):
         picked = data.test[start:start + batch]
         g = step_generator("validation", start)
         x0 = data.x0(picked)
-        prompts = data.prompts_of(data.test_captions[start:start + batch])
+        prompts = data.prompts_of([data.captions[i] for i in picked])
         noise = torch.randn(x0.shape, generator=g)
         t = logit_normal(len(picked), g)
         inputs = [x.to(device) for x in (x0, prompts, noise, t)]
@@ -330,8 +324,8 @@ def score_clips(x0, captions, data, vae, precision, batch=32):
         of_part = captions[start:start + batch]
         clips = decode(vae, part, precision)
         features.append(fixed_features(clips))
-        for clip, caption, verdict in zip(clips.split(1), of_part,
-                                          judge(of_part, clips, part, data)):
+        verdicts = judge(of_part, clips, part, data)
+        for clip, caption, verdict in zip(clips.split(1), of_part, verdicts):
             row = {aspect: float(right) for aspect, (right, _) in verdict.items()}
             row["text_alignment"] = min(row.values())  # all of them right
             if data.on_shapes:
@@ -344,22 +338,19 @@ def mean_scores(rows):
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-def score(args, device, precision):
+def score(args, data, vae, models, precision):
     """Every checkpoint of the run on the same prompts and noise, half as many unseen prompts as
     seen ones; and training clips through the VAE alone: the ceiling of the scores."""
-    data = Latents(args.latents)
-    vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
-    models = list(models_of(args, data, device, precision))
     if not models:
         fail(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
-    seen_captions = data.metadata["captions"]
-    unseen_captions = data.metadata["held_out_captions"]
-    n_unseen = args.score // 2 if unseen_captions else 0
-    seen = [seen_captions[i % len(seen_captions)] for i in range(args.score)]
-    unseen = [unseen_captions[i % len(unseen_captions)] for i in range(n_unseen)]
+    seen = list(islice(cycle(data.metadata["captions"]), args.score))
+    unseen = list(islice(cycle(data.metadata["held_out_captions"]), args.score // 2))
     reference = data.test if len(data.test) > 1 else data.train[:256]
-    captions = [data.checkpoint["captions"][i] for i in reference]
-    _, real = score_clips(data.x0(reference), captions, data, vae, precision)
+    real = []
+    for start in range(0, len(reference), 32):  # decoded clips are large
+        clips = decode(vae, data.x0(reference[start:start + 32]), precision)
+        real.append(fixed_features(clips))
+    real = torch.cat(real)
     scores = {}
     for model in models:
         x0, seconds = model.make(data.prompts_of(seen + unseen), args.seed)
@@ -369,15 +360,15 @@ def score(args, device, precision):
         if unseen:
             result["held_out_alignment"] = mean_scores(rows[len(seen):])["text_alignment"]
         if not model.is_student:  # a student jumps; it has no flow
-            result["validation_loss"] = validation_loss(model.dit, data, device, precision)
+            result["validation_loss"] = validation_loss(model.dit, data, model.device, precision)
         scores[model.stage] = result | dict(frechet=frechet(features, real), clips=len(seen))
     record_metrics(args.run, "score", scores)
     if data.on_shapes:
         picked = data.train[:len(seen + unseen)]
         captions = [data.captions[i] for i in picked]
         rows, features = score_clips(data.x0(picked), captions, data, vae, precision)
-        scores["data"] = mean_scores(rows) | dict(frechet=frechet(features, real))
-        record_metrics(args.run, "data", scores["data"] | dict(clips=len(picked)))
+        result = mean_scores(rows) | dict(frechet=frechet(features, real), clips=len(picked))
+        record_metrics(args.run, "data", result)
     for name, *cells in score_table(read_metrics(args.run)):
         print(name.ljust(28), *(text.rjust(9) for text in cells))
     print(f"{args.run / 'metrics.json'}: scores; next: export_coreml.py")
@@ -391,7 +382,7 @@ def cell(clip, caption, verdict=None, width=128):
     above; verdict: (whether it is right, what it shows), written below the caption."""
     pixels = ((clip / 2 + 0.5) * 255).round().byte()
     frames = rearrange(pixels, "rgb t h w -> t h w rgb").numpy()
-    factor = max(1, math.ceil(width / frames.shape[2]))
+    factor = math.ceil(width / frames.shape[2])
     frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     width = frames.shape[2]
     font = ImageFont.load_default(size=12)
@@ -411,11 +402,9 @@ def gif_bytes(frames, fps):
     """[t, h, w, 3] uint8 -> an animated gif. One palette for all frames, spread over the colours
     that occur: the usual one, by frequency, turns a small cyan triangle green."""
     thinned = rearrange(frames[:, ::3, ::3], "t h w rgb -> (t h) w rgb")
-    palette = Image.fromarray(thinned).quantize(256, Image.Quantize.MAXCOVERAGE, 3)
-    images = []
-    for frame in frames:
-        image = Image.fromarray(frame)
-        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    palette = Image.fromarray(thinned).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+              for frame in frames]
     file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / fps,
                    loop=0)
@@ -423,22 +412,17 @@ def gif_bytes(frames, fps):
 
 
 def write_video(path, rows, fps):
-    """rows: lists of cells [t, H, W, 3]. In an mp4 and a gif cells move; a png holds all frames of
-    each in a line. -> what was written."""
+    """rows: lists of cells [t, H, W, 3]. In an mp4 and a gif cells move; a png holds all frames
+    side by side. -> what was written."""
+    frames = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
     if path.suffix == ".png":
-        sheets = []
-        for row in rows:
-            frames = np.concatenate(row, axis=2)  # [t, H, W of all cells, 3]
-            sheets.append(np.concatenate(list(frames), axis=1))
-        encoded = iio.imwrite("<bytes>", np.concatenate(sheets), extension=".png")
+        sheet = rearrange(frames, "t h w rgb -> h (t w) rgb")
+        encoded = iio.imwrite("<bytes>", sheet, extension=".png")
+    elif path.suffix == ".gif":
+        encoded = gif_bytes(frames, fps)
     else:
-        frames = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
-        frames = frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2]  # H.264: even
-        if path.suffix == ".gif":
-            encoded = gif_bytes(frames, fps)
-        else:
-            encoded = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav",
-                                  codec="libx264", fps=fps)
+        encoded = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264",
+                              fps=fps)
     write_atomically(path, lambda file: file.write(encoded))
     return encoded
 
@@ -511,23 +495,26 @@ how much of its FFN stays. Filled stays; a block that is cut keeps nothing.</p>
 """)
 
 
-def img_tag(kind, encoded, alt):
-    text = base64.b64encode(encoded).decode()
-    return f'<img alt="{alt}" src="data:image/{kind};base64,{text}">'
+def figure(path, rows, fps, alt):
+    """Writes a picture of the report. -> its tag, which holds the picture."""
+    text = base64.b64encode(write_video(path, rows, fps)).decode()
+    return f'<img alt="{alt}" src="data:image/{path.suffix[1:]};base64,{text}">'
 
 
 def input_clips(data, indices):
-    """The clips of the data set behind these latents; None if windows.pt has gone."""
+    """The clips of the data set behind these latents; None if the windows have gone."""
     windows = data.path.with_name("windows.pt")
-    if not (data.on_shapes or windows.exists()):
+    are_there = windows.exists() and any(windows.parent.glob("windows-*.bin"))
+    if not (data.on_shapes or are_there):
         return None
     return open_data(data.checkpoint["settings"], windows).clip(indices)
 
 
 def side_by_side(args, data, vae, models, captions, precision):
     """compare.gif: a row per prompt, a column per stage."""
-    index = {data.checkpoint["captions"][i]: i for i in [*data.train, *data.test]}
-    indices = [index[caption] for caption in captions]  # the last clip wins, a test clip
+    # A later clip replaces an earlier one, and test clips come last.
+    index = {data.captions[i]: i for i in [*data.train, *data.test]}
+    indices = [index[caption] for caption in captions]
     real = data.x0(indices)
     columns = {"reconstruction": (decode(vae, real, precision), real)}
     clips = input_clips(data, indices)
@@ -543,7 +530,7 @@ def side_by_side(args, data, vae, models, captions, precision):
             is_right = all(right for right, _ in verdict.values())
             shown = " ".join(what for _, what in verdict.values())
             row.append(cell(clip, f"{name}: {caption}", (is_right, shown), width=160))
-    return write_video(args.run / "compare.gif", rows, args.fps)
+    return figure(args.run / "compare.gif", rows, args.fps, "clips, a row per prompt")
 
 
 def from_noise(args, data, vae, models, caption, precision):
@@ -554,8 +541,7 @@ def from_noise(args, data, vae, models, caption, precision):
         prompts = data.prompts_of([caption]).to(model.device)
         model.sample(prompts, model.noise(1, args.seed), trajectory=trajectory)
         row = []
-        shown = min(8, len(trajectory))
-        for i in np.linspace(0, len(trajectory) - 1, shown).round().astype(int):
+        for i in np.unique(np.linspace(0, len(trajectory) - 1, 8).round().astype(int)):
             t, *latents = trajectory[i]
             x_t, x0 = decode(vae, torch.cat(latents), precision)
             both = torch.cat([x_t, x0], dim=2)  # one above the other
@@ -563,7 +549,7 @@ def from_noise(args, data, vae, models, caption, precision):
             row.append(cell(middle, f"{STAGES[model.stage]} step {i + 1}, t={t:.2f}", width=96))
         blank = np.full_like(row[0], 255)
         rows.append(row + [blank] * (8 - len(row)))
-    return write_video(args.run / "path.png", rows, args.fps)
+    return figure(args.run / "path.png", rows, args.fps, "x_t above x0, a column per step")
 
 
 def from_pictures(args, data, vae, model, captions, precision):
@@ -571,12 +557,11 @@ def from_pictures(args, data, vae, model, captions, precision):
     first_frames = data.x0(data.test[:len(captions)])[:, :, :1]
     prompts = data.prompts_of(captions[:len(first_frames)])
     x0, _ = model.make(prompts, args.seed, first_frames)
-    given = []
-    made = []
-    for clip, caption in zip(decode(vae, x0, precision), captions):
-        given.append(cell(clip[:, :1].expand_as(clip), "given", width=160))
-        made.append(cell(clip, caption, width=160))
-    return write_video(args.run / "pictures.gif", [given, made], args.fps)
+    clips = decode(vae, x0, precision)
+    given = [cell(clip[:, :1].expand_as(clip), "given", width=160) for clip in clips]
+    made = [cell(clip, caption, width=160) for clip, caption in zip(clips, captions)]
+    return figure(args.run / "pictures.gif", [given, made], args.fps,
+                  "pictures above, clips below")
 
 
 FIGURES = {  # key in metrics.json -> name, and what its value is multiplied with
@@ -614,17 +599,14 @@ def score_table(metrics):
     return rows
 
 
-def report(args, device, precision):
+def report(args, data, vae, models, precision):
     """Writes report.html, one file that needs no other, and the pictures in it. What the run does
     not have is left out with a word."""
-    data = Latents(args.latents)
-    vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
-    models = list(models_of(args, data, device, precision))
     seen = data.metadata["captions"]
-    unseen = data.checkpoint["held_out_captions"]
+    unseen = data.metadata["held_out_captions"]
+    unseen = unseen[::max(1, len(unseen) // 2)][:2]
     captions = [seen[37 * i % len(seen)] for i in range(4)]  # 37 spreads over all aspects
-    captions += unseen[::max(1, len(unseen) // 2)][:2]
-    captions = list(dict.fromkeys(captions))
+    captions = list(dict.fromkeys([*captions, *unseen]))
     masks = ""
     curves = ""
     left_out = []
@@ -649,17 +631,15 @@ def report(args, device, precision):
     few = [model for model in models if model.stage != "pruned"]
     trajectories = ""
     if few:
-        path = from_noise(args, data, vae, few, captions[-1], precision)
-        trajectories = img_tag("png", path, "x_t above x0, a column per step")
+        trajectories = from_noise(args, data, vae, few, captions[-1], precision)
     pictures = "Left out: no model here was trained with --image-share."
     if models and models[-1].checkpoint["settings"]["image_share"]:
-        gif = from_pictures(args, data, vae, models[-1], captions[:4], precision)
-        pictures = img_tag("gif", gif, "pictures above, clips below")
+        pictures = from_pictures(args, data, vae, models[-1], captions[:4], precision)
     page = PAGE.substitute(
         run=escape(str(args.run)), size="×".join(str(n) for n in data.checkpoint["config"]["size"]),
         left_out=f"Left out, since it is not there: {', '.join(left_out)}." if left_out else "",
-        unseen=escape("; ".join(c for c in captions if c in unseen) or "none of them"),
-        compare=img_tag("gif", compare, "clips, a row per prompt"), caption=escape(captions[-1]),
+        unseen=escape("; ".join(unseen) or "none of them"), compare=compare,
+        caption=escape(captions[-1]),
         masks=masks, trajectories=trajectories, pictures=pictures, table=table, curves=curves,
         metrics=escape(json.dumps(metrics, indent=1)))
     write_atomically(args.run / "report.html", lambda file: file.write(page.encode()))
@@ -762,10 +742,14 @@ def main(argv=None):
     device, precision = set_up(args)
     if args.prompt:
         make_clips(args, device, precision)
-    if args.score:
-        score(args, device, precision)
-    if args.report:
-        report(args, device, precision)
+    if args.score or args.report:
+        data = Latents(args.latents)
+        vae = load_vae(args.vae, device, data.metadata["vae_checksum"])
+        models = list(models_of(args, data, device, precision))
+        if args.score:
+            score(args, data, vae, models, precision)
+        if args.report:
+            report(args, data, vae, models, precision)
 
 
 if __name__ == "__main__":

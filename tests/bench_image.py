@@ -41,7 +41,7 @@ def psnr(clip, reference):
 def animate(model, data, vae, precision, n):
     """n pictures under n other prompts: one line of a table."""
     picked = data.test[:n]
-    own_captions = [data.test_captions[i - data.test[0]] for i in picked]
+    own_captions = [data.captions[i] for i in picked]
     pictures = input_clips(data, list(picked))[:, :, :1]
     color = index_of(own_captions, COLORS)
     shape = index_of(own_captions, SHAPES)

@@ -269,8 +269,8 @@ def test_the_memory_that_a_dry_run_says_is_what_blocks_keep(gradient_checkpointi
     deep = CONFIG | dict(depth=6)
     three_blocks = (kept_by_a_step(deep, gradient_checkpointing)
                     - kept_by_a_step(CONFIG, gradient_checkpointing))
-    said = (dit.kept_bytes(deep, 4 * 6 * 6, gradient_checkpointing)
-            - dit.kept_bytes(CONFIG, 4 * 6 * 6, gradient_checkpointing))
+    said = (dit.kept_bytes(deep, 4 * 6 * 6)[gradient_checkpointing]
+            - dit.kept_bytes(CONFIG, 4 * 6 * 6)[gradient_checkpointing])
     assert said == pytest.approx(three_blocks, rel=0.05)
 
 
