@@ -129,18 +129,19 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     assert -10 * mse.log10() > 40
 
 
-def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(tmp_path):
+def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(micro_dit, tmp_path):
     torch.manual_seed(0)
     model = vae.VAE((2, 8, 8), latent_channels=4, width=8, res_blocks=1, patch=4)
     model.latent_mean.normal_()
     model.latent_std.uniform_(0.5, 1.5)
     x0 = torch.randn(1, 4, 4, 2, 2)
+    modules = export_coreml.programs(micro_dit, model, {"settings": {"image_share": 0.0}})
     tensors = {}
     video = []
     for i, latent in enumerate(x0.split(1, dim=2)):
         tensors["latent"] = latent
         if i < 2:  # the first, and the one for all others
-            module = export_coreml.Decoder(model, is_first=i == 0)
+            module = modules["decoder" if i else "decoder_first"]
             path = tmp_path / f"{i}.mlpackage"
             convert(module, tensors, path)
             program = read_program(path)
