@@ -295,9 +295,9 @@ def quoted(text):
 
 TABLES = {
     "metadata.csv": "\ufefftext,size,file_name\n" + "".join(
-        f"{quoted(text)},7,{name}\n" for name, text in ROWS) + "",
+        f"{quoted(text)},7,{name}\n" for name, text in ROWS) + ",7,five.mp4\n",
     "metadata.jsonl": "".join(json.dumps(dict(file_name=name, text=text)) + "\n"
-                              for name, text in ROWS) + ""}
+                              for name, text in [*ROWS, ("five.mp4", None)])}
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -308,12 +308,13 @@ def test_metadata_names_clips_and_their_captions(tmp_path, capsys, table):
     write(folder, "b/one.mp4", caption=None)
     write(folder, "two.mp4", caption=b"not this")
     write(folder, "four.mp4", caption=None)  # in no row
+    write(folder, "five.mp4", caption=None)  # in one without a text
     (folder / table).write_text(TABLES[table], encoding="utf-8")
     data = read(tmp_path / "clips")
     assert set(data.captions) == {"a first clip", 'a "second", clip'}
     told, skipped = capsys.readouterr()
     assert "metadata: 2 clips and 0 pictures with 2 captions" in told
-    for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4":
+    for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4", "five.mp4":
         assert word in skipped
     assert f"{skipped.count('skipped ')} skipped" in told
 
@@ -428,7 +429,7 @@ UNUSABLE = {
     "no caption": dict(caption=None), "an empty caption": dict(caption=b""),
     "Latin-1": dict(caption="é".encode("latin-1")), "too long": dict(caption=b"word " * 513),
     "NaN": dict(embedding=EMBEDDING * np.nan), "one dimension": dict(embedding=EMBEDDING[0]),
-    "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
+    "beyond float16": dict(embedding=EMBEDDING * 1e6), "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
