@@ -96,12 +96,13 @@ def size(text):
 
 def number(low, high=2 ** 31, kind=float):
     """An argparse type: a number in [low, high]; `nan` is in no range."""
-    def number_in_range(text):  # argparse calls what it expects by this name
+    def parse(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
-    return number_in_range
+    parse.__name__ = "number"  # argparse's word for what is expected
+    return parse
 
 
 positive = number(1, kind=int)
@@ -585,6 +586,7 @@ class Loop:
                 # At most a twentieth of the time goes into saves.
                 next_save = saved + max(save_every, 20 * (saved - now))
             if self.received:
+                bar.n = self.step  # tqdm counts only when it draws
                 bar.close()
                 say(f"stopped at step {self.step} of {self.steps}, saved in {self.path}: the same "
                     "command goes on from here")

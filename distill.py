@@ -309,7 +309,7 @@ def main(argv=None):
             x_t = add_noise(real, noise, t)
             loss = 0.0
             with precision():
-                # Made again: with a graph it could not wait for the discriminator's step.
+                # Made again, with its graph: those of all parts of a batch would fill the memory.
                 fake = predict(student, x_t, t, student.text_encoder(prompts))
                 if args.distillation:
                     target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg,

@@ -157,9 +157,9 @@ def attend(q, k, v, is_key=None):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [b, n, width] to itself or to a context [b, m, width], with QK norm
-    (https://arxiv.org/abs/2010.04245) per head. has_padding: rows of zeros in the context are left
-    out."""
+    """Multi-head attention of x [b, n, width] to a context [b, m, width], which is x itself in
+    self-attention, with QK norm (https://arxiv.org/abs/2010.04245) per head. has_padding: rows of
+    zeros in the context are left out."""
 
     def __init__(self, width, heads, head_dim, has_padding=False):
         super().__init__()

@@ -205,7 +205,7 @@ def conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
     return F.conv3d(x, weight, bias, tuple(strides), dilation=tuple(dilations), groups=groups)
 
 
-# What a program may be made of. A parameter's name is Core ML's.
+# What a program may be made of. A parameter's name is Core ML's; NumPy counts axes as it does.
 OPERATIONS = {
     "abs": lambda x: x.abs(),
     "add": lambda x, y: x + y,

@@ -274,9 +274,9 @@ def largest_difference(dense, student, masks, data):
 def kept_sizes(args, config):
     """-> depth, heads and ffn of the pruned config."""
     sizes = dict(depth=args.blocks, heads=args.heads, ffn=args.ffn)
-    for key, n in sizes.items():
+    for flag, (key, n) in zip(("--blocks", "--heads", "--ffn"), sizes.items()):
         if n > config[key]:
-            fail(f"{key} {n}: the teacher has {config[key]}")
+            fail(f"{flag} {n}: the teacher has {config[key]}")
     if all(n == config[key] for key, n in sizes.items()):
         fail(f"nothing to cut, the teacher has as many: {sizes}")
     return sizes
@@ -340,10 +340,13 @@ def main(argv=None):
                                         teacher_checksum=checksum(teacher.parameters()))
     stop_if_done([args.out, args.masks], settings, "prune", "distill.py")
 
+    # 1. sensitivity, 2. masks
     budget = dict(blocks=sizes["depth"], self_heads=sizes["heads"], cross_heads=sizes["heads"],
                   ffn=sizes["ffn"])
     student, scores, mask_module, mask_loop = learn_masks(args, settings, data, teacher, budget,
                                                           device, precision)
+
+    # 3. cut
     masks = {name: m.detach().round() for name, m in mask_module().items()}
     kept_blocks = masks["blocks"].nonzero().flatten().tolist()
     dense = cut(student, masks)

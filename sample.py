@@ -48,8 +48,8 @@ from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sam
                  words)
 from vae import (COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, read_embedding,
                  read_picture, shape_coverage)
+from vae import PRESETS as VAE_PRESETS
 
-PRESETS = {name: {} for name in ("tiny", "toy", "mobile", "server")}
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpoint -> its name
 
 # ------------------------------------------------------------ from a prompt
@@ -707,7 +707,7 @@ def make_clips(args, device, precision):
 
 
 def main(argv=None):
-    p = make_parser(__doc__, PRESETS, argv)
+    p = make_parser(__doc__, dict.fromkeys(VAE_PRESETS, {}), argv)
     p.add_argument("--prompt", action="append", default=[],
                    help="what to show, in words of the training captions; may be repeated")
     p.add_argument("--embedding", type=Path, metavar="FILE",

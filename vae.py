@@ -455,7 +455,7 @@ def find_clips(folder):
                 elif path in captions:
                     skipped.append(f"{path}: a second caption")
                 else:
-                    captions[path] = str(caption or "")
+                    captions[path] = "" if caption is None else str(caption)
     elif any(text in files for text in beside.values()):
         layout = ".txt files"
         captions = {path: text for path, text in beside.items() if text in files}
@@ -477,7 +477,7 @@ def read_embedding(path):
         return None
     with np.errstate(over="ignore"):
         array = np.lib.format.open_memmap(path, "r").astype(np.float32)
-    if array.ndim != 2 or not array.size or not (np.abs(array) < 65504).all():
+    if array.ndim != 2 or not array.size or not (np.abs(array) <= 65504).all():
         raise ValueError(f"{path.name} is no array [tokens, dim] of finite float16 numbers")
     return torch.from_numpy(array)
 
@@ -598,8 +598,11 @@ def in_parallel(function, items, what):
         except Exception as error:  # PyAV raises dozens of kinds
             return None, f"{item[0]}: {error}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # on Ctrl-C `map` drops what has not begun
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         results = list(progress(pool.map(attempt, items), desc=what, total=len(items)))
+    finally:  # `with` would wait for all items, after Ctrl-C too
+        pool.shutdown(cancel_futures=True)
     errors = [error for _, error in results if error]
     return [result for result, error in results if not error], errors
 

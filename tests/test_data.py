@@ -429,7 +429,8 @@ UNUSABLE = {
     "no caption": dict(caption=None), "an empty caption": dict(caption=b""),
     "Latin-1": dict(caption="é".encode("latin-1")), "too long": dict(caption=b"word " * 513),
     "NaN": dict(embedding=EMBEDDING * np.nan), "one dimension": dict(embedding=EMBEDDING[0]),
-    "beyond float16": dict(embedding=EMBEDDING * 1e6), "no tokens": dict(embedding=EMBEDDING[:0]), "code": dict(embedding=np.array([[Code()]]))}
+    "beyond float16": dict(embedding=EMBEDDING * 1e6), "no tokens": dict(embedding=EMBEDDING[:0]),
+    "code": dict(embedding=np.array([[Code()]]))}
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
