@@ -2,6 +2,8 @@
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md
 # make demo DATA=my_media PICTURES=0.2     on clips and pictures: these in a fifth of the steps
 # make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
+# make demo FLAGS="--accumulate 4"         more flags for the four training scripts
+# make demo VAE="--crop 9x32x32"           more flags for vae.py
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
@@ -15,12 +17,12 @@ RUN ?= runs/$(PRESET)
 SEEDS ?= 3
 PY = .venv/bin/python
 WHERE = --preset $(PRESET) --run "$(RUN)"
-HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS)) $(if $(PICTURES),--picture-share $(PICTURES))
+HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS)) $(if $(PICTURES),--picture-share $(PICTURES)) $(FLAGS)
 
 .PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
 
 demo: .venv/ready
-	$(PY) vae.py $(HOW) --data "$(DATA)"
+	$(PY) vae.py $(HOW) --data "$(DATA)" $(VAE)
 	$(PY) dit.py $(HOW)
 	$(PY) prune.py $(HOW) $(if $(STEPS),--mask-steps $(STEPS))
 	$(PY) distill.py $(HOW)
