@@ -123,7 +123,8 @@ def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys):
     assert (tmp_path / "one.gif").exists()
     evaluate(run, "--score", "2")
     clips.rename(tmp_path / "moved")
-    for gone, columns in ("nothing", 5), ("windows-*.bin", 4):  # without the input, four
+    # Without the input, four.
+    for gone, columns in ("nothing", 5), ("windows-*.bin", 4), ("windows.pt", 4):
         for file in run.glob(gone):
             file.unlink()
         evaluate(run, "--report")
