@@ -108,8 +108,6 @@ class TextEncoder(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, prompts):
-        if self.text_dim:
-            prompts = prompts.float()  # latents.pt keeps float16
         text = self.out(self.norm(self.embed(prompts) + self.position))
         if self.text_dim:
             is_token = prompts.abs().amax(-1, keepdim=True) > 0  # [b, m, 1]
@@ -473,7 +471,8 @@ class Latents:
         for caption in captions:
             if caption not in self.number_of:
                 fail(f"there is no embedding for '{caption}', only for {'; '.join(self.number_of)}")
-        return self.prompts[[self.number_of[caption] for caption in captions]]
+        prompts = self.prompts[[self.number_of[caption] for caption in captions]]
+        return prompts.float()  # the file's float16 cannot be mixed with autocast's bfloat16
 
     def x0(self, indices):
         """Clean latents [b, c, t, h, w] of these clips."""
@@ -497,6 +496,8 @@ class Latents:
             t[is_given, 0] = 0
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = self.empty
+        if self.text_dim:
+            prompts = prompts.float()  # once, here: float16 does not mix with autocast's bfloat16
         return self.x0(picked)[:, :, :frames], prompts, noise[:, :, :frames], t
 
 

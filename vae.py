@@ -502,10 +502,11 @@ def look_at(path, caption, least):
 
     with av.open(f"file:{path}", options=CONTAINERS) as container:
         stream = container.streams.video[0]
+        rate = float(stream.average_rate)  # read here: a closed container tells nothing
         frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if frames < least:
         raise ValueError(f"{frames} frames, where {least} are the least")
-    return Clip(path, caption, frames, frames / float(stream.average_rate), dim)
+    return Clip(path, caption, frames, frames / rate, dim)
 
 
 def upright(frame, scaler, height, width):

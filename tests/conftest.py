@@ -37,7 +37,7 @@ MICRO = {  # stage -> (its main, flags that make it tiny)
 def train(stage, run, *more):
     """Runs one stage as the command line would: run is the folder, more are further flags."""
     main, flags = MICRO[stage]
-    main([*flags.split(), "--run", str(run), "--device", "cpu", *more])
+    main([*flags.split(), "--run", str(run), "--device", "cpu", "--dtype", "float32", *more])
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The scripts as a person uses them: command lines, files, your own clips and embeddings."""
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -102,7 +103,18 @@ def test_the_example_of_parts_in_your_own_code_computes_what_it_says():
     assert all(p.grad is not None for p in own["discriminator"].blocks.parameters())
 
 
-def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_chain_runs_in_both_arithmetics(tmp_path, dtype):
+    for stage in MICRO:
+        train(stage, tmp_path, "--dtype", dtype)
+    evaluate(tmp_path, "--score", "2", "--dtype", dtype)
+    evaluate(tmp_path, "--prompt", "a red circle", "--out", str(tmp_path / "x.gif"))
+    scores = json.loads((tmp_path / "metrics.json").read_text())["score"]
+    assert all(math.isfinite(score["frechet"]) for score in scores.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys, dtype):
     clips = tmp_path / "clips"
     clips.mkdir()
     g = np.random.default_rng(0)
@@ -116,7 +128,7 @@ def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys):
     run = tmp_path / "run"
     train("vae", run, "--data", str(clips))
     for stage in "dit", "prune", "distill":
-        train(stage, run)
+        train(stage, run, "--dtype", dtype)
     student = torch.load(run / "student.pt", weights_only=True)
     assert student["model"]["text_encoder.empty"].sum() == empty.astype(np.float32).sum()
     evaluate(run, "--prompt", "clip one", "--out", str(tmp_path / "one.gif"))
