@@ -35,9 +35,8 @@ from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_fil
                     count_parameters, fail, finish, make_parser, micro_batches, not_negative,
                     number, positive, print_memory, run_script, save, set_up, settings_of,
                     step_generator, stop_if_done, warmup_cosine)
-from dit import (Block, Latents, add_image_share, add_noise, guided_velocity, kept_bytes,
-                 load_dit, logit_normal, per_frame, planned_config, planned_tokens, print_cost,
-                 start_of)
+from dit import (Block, Latents, add_noise, guided_velocity, kept_bytes, load_dit, logit_normal,
+                 per_clip, planned_config, planned_tokens, print_cost)
 from prune import planned_pruned
 from vae import RMSNorm
 
@@ -65,9 +64,9 @@ PRESETS["server"] = PRESETS["mobile"]
 
 
 def predict_x0(dit, x_t, t, text):
-    """The generator: from x_t [b, c, t, h, w] at level t, [b] or [b, frames], straight to clean
-    latents, along the velocity."""
-    return x_t - per_frame(t) * dit(x_t, t, text).float()
+    """The generator: from x_t [b, c, t, h, w] at level t [b] straight to clean latents, along the
+    velocity."""
+    return x_t - per_clip(t) * dit(x_t, t, text).float()
 
 
 def student_times(steps, shift=3.0):
@@ -79,30 +78,31 @@ def student_times(steps, shift=3.0):
 
 
 @torch.no_grad()
-def sample_student(dit, noise_per_step, prompts, first_frame=None, trajectory=None):
+def sample_student(dit, noise_per_step, prompts, trajectory=None):
     """One jump to x0 per step, and noise again in between, to the next level. No guidance: one
     function evaluation per step. noise_per_step: [steps, b, c, t, h, w]. -> x0 [b, c, t, h, w].
-    first_frame, trajectory: as in sample_euler."""
+    trajectory: as in sample_euler."""
     text = dit.text_encoder(prompts)
-    x0, is_free = start_of(noise_per_step[0], first_frame)  # at t = 1 the rest weighs nothing
-    for t, noise in zip(student_times(len(noise_per_step)).tolist(), noise_per_step):
-        x_t = add_noise(x0, noise, t * is_free)
-        x0 = predict_x0(dit, x_t, t * is_free, text)
+    x0 = torch.zeros_like(noise_per_step[0])  # at t = 1 it weighs nothing
+    for level, noise in zip(student_times(len(noise_per_step)).tolist(), noise_per_step):
+        t = torch.full((len(x0),), level, device=x0.device)
+        x_t = add_noise(x0, noise, t)
+        x0 = predict_x0(dit, x_t, t, text)
         if trajectory is not None:
-            trajectory.append((t, x_t, x0))
+            trajectory.append((level, x_t, x0))
     return x0
 
 
 @torch.no_grad()
 def teacher_endpoint(teacher, x_t, t, prompts, cfg, steps):
     """Where the teacher's CFG trajectory from x_t, noised real latents, ends: equal Euler steps
-    from each clip's own level t, [b] or [b, frames], down to 0."""
+    from each clip's own level t [b] down to 0."""
     text = teacher.text_encoder(prompts)
     empty = teacher.text_encoder(teacher.text_encoder.empty.expand_as(prompts))
     x = x_t
     for i in range(steps):
         velocity = guided_velocity(teacher, x, t * (1 - i / steps), text, empty, cfg)
-        x = x - per_frame(t) / steps * velocity
+        x = x - per_clip(t) / steps * velocity
     return x
 
 
@@ -209,7 +209,6 @@ def parse_arguments(argv):
     p.add_argument("--cfg", type=number(0), default=2.0,
                    help="classifier-free guidance scale of the teacher")
     p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher for a target")
-    add_image_share(p)
     add_file(p, "--discriminator", "discriminator.pt", "written if --adversarial is not 0")
     add_file(p, "--pruned", "pruned.pt", "where the student starts, from prune.py")
     add_file(p, "--teacher", "dit.pt", "the CFG teacher, from dit.py")
@@ -271,9 +270,8 @@ def main(argv=None):
     def draw(step):
         g = step_generator("distill", args.seed, step)
         b = args.batch_size
-        real, prompts, noise, t = data.draw(g, b, 0.0, args.image_share, args.picture_share)
-        level = times[torch.randint(len(times), (b,), generator=g)][SHARE]
-        t = torch.where(t > 0, level[:, None], 0)  # a given frame keeps its 0
+        real, prompts, noise, _ = data.draw(g, b, 0.0, args.picture_share)
+        t = times[torch.randint(len(times), (b,), generator=g)][SHARE]
         s = logit_normal(b, g, args.d_noise_level)[SHARE]
         frames = real.shape[2]
         s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]

@@ -8,7 +8,7 @@ adaLN-single, with gates that start open; rectified flow; logit-normal noise lev
 
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
-    noise level of each frame -> shift, scale, gate ->  depth x [ self-attention (RoPE over t, h, w)
+    noise level t [b] -> shift, scale, gate ---------->  depth x [ self-attention (RoPE over t, h, w)
     caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
                                                                  FFN ]
                                                                v
@@ -207,12 +207,12 @@ class FeedForward(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x: [b, frames, h*w, width]; shift, scale: [b, frames, 1, width], frames = 1 for all alike."""
+    """x: [b, n, width]; shift, scale: [b, 1, width]."""
     return x * (1 + scale) + shift
 
 
 class TimestepEmbedder(nn.Module):
-    """t [...] in [0, 1] -> [..., dim]: sines and cosines, then two layers."""
+    """t [b] in [0, 1] -> [b, dim]: sines and cosines, then two layers."""
 
     def __init__(self, dim):
         super().__init__()
@@ -222,7 +222,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         # Our reading: at most 64 radians, which float16 still resolves on a phone.
         frequency = 64 ** (torch.arange(self.dim // 2, device=t.device) / (self.dim // 2 - 1))
-        phase = t[..., None] * frequency
+        phase = t[:, None] * frequency
         return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=-1))
 
 
@@ -249,22 +249,19 @@ class Block(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, modulation, text, rope, masks):
-        """x: [b, n, width]; modulation: [b, frames or 1, 6, width]; text: [b, m, width]; rope: cos
-        and sin [n, head_dim / 2]; masks: of this block, as in DiT.forward. -> [b, n, width]"""
+        """x: [b, n, width]; modulation: [b, 6, width]; text: [b, m, width]; rope: cos and sin
+        [n, head_dim / 2]; masks: of this block, as in DiT.forward. -> [b, n, width]"""
         block_mask = masks.get("blocks", 1)
-        signals = (modulation + self.scale_shift_table).unsqueeze(3)  # [b, frames, 6, 1, width]
-        shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(2)
-        by_frame = modulation.shape[1], -1
-        x = x.unflatten(1, by_frame)  # [b, frames, h*w, width]
+        signals = (modulation + self.scale_shift_table).unsqueeze(2)  # [b, 6, 1, width]
+        shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(1)
         # Under autocast the norm is float32: cast once, for q, k and v.
-        update = modulate(self.norm1(x), shift1, scale1).flatten(1, 2).type_as(modulation)
+        update = modulate(self.norm1(x), shift1, scale1).type_as(modulation)
         update = self.self_attention(update, update, rope, masks.get("self_heads"))
-        x = x + block_mask * gate1 * update.unflatten(1, by_frame)
-        update = self.norm2(x).flatten(1, 2)
-        update = self.cross_attention(update, text, head_mask=masks.get("cross_heads"))
-        x = x + block_mask * update.unflatten(1, by_frame)
+        x = x + block_mask * gate1 * update
+        update = self.cross_attention(self.norm2(x), text, head_mask=masks.get("cross_heads"))
+        x = x + block_mask * update
         update = self.feed_forward(modulate(self.norm3(x), shift2, scale2), masks.get("ffn"))
-        return (x + block_mask * gate2 * update).flatten(1, 2)
+        return x + block_mask * gate2 * update
 
 
 class FinalLayer(nn.Module):
@@ -282,9 +279,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, t_embedding, grid):
         t, h, w = grid
-        shift, scale = self.modulation(t_embedding).unsqueeze(2).chunk(2, dim=-1)
-        x = x.unflatten(1, (t_embedding.shape[1], -1))  # [b, frames, h*w, width]
-        x = self.linear(modulate(self.norm(x), shift, scale)).flatten(1, 2)
+        shift, scale = self.modulation(t_embedding).unsqueeze(1).chunk(2, dim=-1)
+        x = self.linear(modulate(self.norm(x), shift, scale))  # [b, n, c]
         return rearrange(x, "b (t h w) c -> b c t h w", t=t, h=h, w=w)
 
 
@@ -316,20 +312,19 @@ class DiT(nn.Module):
         return block(*inputs)
 
     def embed_inputs(self, x_t, t):
-        """-> tokens [b, n, width], modulation [b, frames or 1, 6, width], RoPE's cos and sin
-        [n, head_dim / 2], and the embedded noise levels [b, frames or 1, width / 2]."""
+        """-> tokens [b, n, width], modulation [b, 6, width], RoPE's cos and sin [n, head_dim / 2],
+        and the embedded noise levels [b, width / 2]."""
         x = self.x_embedder(rearrange(x_t, "b c t h w -> b (t h w) c"))
         angles = rope_angles(*x_t.shape[2:], self.config["head_dim"], x.device)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        t_embedding = self.t_embedder(t.view(len(t), -1))
-        modulation = self.modulation(t_embedding).unflatten(2, (6, -1))
+        t_embedding = self.t_embedder(t)
+        modulation = self.modulation(t_embedding).unflatten(1, (6, -1))
         return x, modulation, rope, t_embedding
 
     def forward(self, x_t, t, text, masks=None, return_features=False):
-        """x_t: [b, c, t, h, w]; t: noise levels in [0, 1], 1 is noise, of clips [b] or of their
-        latent frames [b, frames]; text: [b, words, width] from `text_encoder`. masks: None, or
-        {0, 1} tensors, `blocks` [depth], `self_heads` and `cross_heads` [depth, heads], `ffn`
-        [depth, ffn].
+        """x_t: [b, c, t, h, w]; t: noise levels [b] in [0, 1], 1 is noise; text: [b, words, width]
+        from `text_encoder`. masks: None, or {0, 1} tensors, `blocks` [depth], `self_heads` and
+        `cross_heads` [depth, heads], `ffn` [depth, ffn].
         -> velocity [b, c, t, h, w], and if asked the tokens [b, n, width] after each block."""
         x, modulation, rope, t_embedding = self.embed_inputs(x_t, t)
         masks = masks or {}
@@ -346,15 +341,14 @@ class DiT(nn.Module):
 # ------------------------------------------------------------ rectified flow
 
 
-def per_frame(t):
-    """Levels [b] or [b, frames] -> [b, 1, frames or 1, 1, 1], to be combined with latents."""
-    return t.view(len(t), 1, -1, 1, 1)
+def per_clip(t):
+    """Levels [b] -> [b, 1, 1, 1, 1], to be combined with latents."""
+    return t.view(-1, 1, 1, 1, 1)
 
 
 def add_noise(x0, noise, t):
-    """x_t on the straight line from x0 to noise, both [b, c, t, h, w]; t: [b] or [b, frames]."""
-    t = per_frame(t)
-    return (1 - t) * x0 + t * noise
+    """x_t on the straight line from x0 to noise, both [b, c, t, h, w]; t: [b]."""
+    return (1 - per_clip(t)) * x0 + per_clip(t) * noise
 
 
 def logit_normal(n, generator, mean=0.0):
@@ -363,19 +357,11 @@ def logit_normal(n, generator, mean=0.0):
     return torch.sigmoid(mean + torch.randn(n, generator=generator))
 
 
-def velocity_loss(velocity, target, t):
-    """Mean squared error over the latent frames that have noise, t > 0; of each clip, then over
-    clips, so that parts of a batch add up."""
-    is_noisy = (per_frame(t) > 0).expand_as(target)
-    error = (velocity.float() - target).square() * is_noisy
-    return (error.sum((1, 2, 3, 4)) / is_noisy.sum((1, 2, 3, 4))).mean()
-
-
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
     """Flow matching (https://arxiv.org/abs/2209.03003): the mean squared error of the velocity. x0,
-    noise: [b, c, t, h, w]; prompts: [b, words]; t: [b] or [b, frames]."""
+    noise: [b, c, t, h, w]; prompts: [b, words]; t: [b]."""
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
-    return velocity_loss(velocity, noise - x0, t)
+    return F.mse_loss(velocity.float(), noise - x0)
 
 
 def guided_velocity(dit, x_t, t, text, empty, cfg):
@@ -389,30 +375,17 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
     return unconditional + cfg * (conditional - unconditional)
 
 
-def start_of(noise, first_frame):
-    """What sampling starts from: clean latents x0, zero but for a given first frame, and which
-    latent frames are free, [b, frames], 0 or 1. noise: [b, c, t, h, w]; first_frame: None, or
-    [b, c, 1, h, w], which stays as it is."""
-    x0 = torch.zeros_like(noise)
-    is_free = torch.ones(len(noise), noise.shape[2], device=noise.device)
-    if first_frame is not None:
-        x0[:, :, :1] = first_frame
-        is_free[:, 0] = 0
-    return x0, is_free
-
-
 @torch.no_grad()
-def sample_euler(dit, noise, prompts, steps, cfg, first_frame=None, trajectory=None):
+def sample_euler(dit, noise, prompts, steps, cfg, trajectory=None):
     """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0.
-    first_frame: as in start_of. trajectory: a list that gets, of each step, t, x_t, and the clean
-    x0 to which the velocity points."""
+    trajectory: a list that gets, of each step, t, x_t, and the clean x0 to which the velocity
+    points."""
     text = dit.text_encoder(prompts)
     empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
-    x0, is_free = start_of(noise, first_frame)
-    x = add_noise(x0, noise, is_free)
+    x = noise
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     for t, t_next in zip(times, times[1:]):
-        velocity = per_frame(is_free) * guided_velocity(dit, x, t * is_free, text, empty, cfg)
+        velocity = guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
         if trajectory is not None:
             trajectory.append((t.item(), x, x - t * velocity))
         x = x + (t_next - t) * velocity
@@ -478,11 +451,10 @@ class Latents:
         """Clean latents [b, c, t, h, w] of these clips."""
         return (self.latents[torch.as_tensor(indices)].float() - self.mean) / self.std
 
-    def draw(self, generator, batch_size, cfg_dropout=0.0, image_share=0.0, picture_share=0.0):
+    def draw(self, generator, batch_size, cfg_dropout=0.0, picture_share=0.0):
         """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
-        empty for CFG; noise, as x0; t [b, frames], one level per clip, but 0 for the first frame of
-        an image_share of the clips: that frame is given, to go on from. A picture_share of the
-        batches are pictures: the first latent frames alone, of pictures and clips alike."""
+        empty for CFG; noise, as x0; t [b]. A picture_share of the batches are pictures: the first
+        latent frames alone, of pictures and clips alike."""
         is_pictures = torch.rand((), generator=generator) < picture_share
         frames = 1 if is_pictures else self.latents.shape[2]
         choices = self.pictures.stop if is_pictures else self.train.stop
@@ -490,10 +462,6 @@ class Latents:
         is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
         t = logit_normal(batch_size, generator)[SHARE]
-        t = t[:, None].repeat(1, frames)
-        is_given = torch.rand(batch_size, generator=generator)[SHARE] < image_share
-        if frames > 1:  # of a picture nothing would be left to learn
-            t[is_given, 0] = 0
         prompts = self.prompts[self.caption_number[picked]]
         prompts[is_empty] = self.empty
         if self.text_dim:
@@ -523,14 +491,6 @@ def decode(vae, x0, precision, batch=32):
             pieces = [frames.float().clamp(-1, 1).cpu() for frames in vae.stream(z)]
         clips.append(torch.cat(pieces, dim=2))
     return torch.cat(clips)
-
-
-@torch.no_grad()
-def encode(vae, clips, precision):
-    """The inverse: clips [b, 3, t, h, w] in [-1, 1] -> normalised latents on the CPU."""
-    with precision():
-        latents, _ = vae.encode(clips.to(vae.latent_mean.device))
-    return ((latents.float() - vae.latent_mean) / vae.latent_std).cpu()
 
 
 # ------------------------------------------------------------ what a size costs
@@ -589,11 +549,6 @@ def print_cost(name, config, n):
 # ------------------------------------------------------------ the training
 
 
-def add_image_share(p):
-    p.add_argument("--image-share", type=number(0, 1), default=0.2,
-                   help="share of clips whose first frame is given, for image-to-video")
-
-
 def main(argv=None):
     p = make_parser(__doc__, PRESETS, argv)
     p.add_argument("--width", type=positive, help="channels of a token")
@@ -603,7 +558,6 @@ def main(argv=None):
     p.add_argument("--ffn", type=positive, help="hidden channels of the FFN")
     p.add_argument("--cfg-dropout", type=number(0, 1), default=0.1,
                    help="share of captions left empty in training, for classifier-free guidance")
-    add_image_share(p)
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--out", "dit.pt", "the trained DiT")
     add_training_flags(p)
@@ -635,8 +589,7 @@ def main(argv=None):
 
     def draw(step):
         g = step_generator("dit", args.seed, step)
-        return data.draw(g, args.batch_size, args.cfg_dropout, args.image_share,
-                         args.picture_share)
+        return data.draw(g, args.batch_size, args.cfg_dropout, args.picture_share)
 
     loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                 optimizer=optimizer)

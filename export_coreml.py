@@ -1,7 +1,7 @@
 """To the phone: Core ML packages in half precision, and a proof that needs no Mac.
 
 Stated by the paper: Core ML Tools, half precision, no extra compilation, no special hardware; in
-its second version a tiled GEMM for the FFN. Our reading: five ML programs, float16
+its second version a tiled GEMM for the FFN. Our reading: four ML programs, float16
 throughout, iOS 18, fixed shapes, no tensor of more than five dimensions.
 
     package        calls  inputs                            outputs
@@ -9,7 +9,6 @@ throughout, iOS 18, fixed shapes, no tensor of more than five dimensions.
     generator      4      x_t [1, c, t, h, w], t, text      x0 [1, c, t, h, w]
     decoder_first  1      latent [1, c, 1, h, w]            frames [1, 3, 1, height, width], caches
     decoder        t - 1  latent, caches                    frames [1, 3, rt, height, width], caches
-    image_encoder  0, 1   image [1, 3, 1, height, width]    first_frame [1, c, 1, h, w]
 
 Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
 it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
@@ -41,7 +40,7 @@ from torch import nn
 
 from common import add_file, fail, make_parser, positive, reading, record_metrics, run_script, size
 from distill import predict_x0, sample_student, student_times
-from dit import PAD, DiT, FeedForward, add_noise, load_dit, start_of, tokenize, words
+from dit import PAD, DiT, FeedForward, add_noise, load_dit, tokenize, words
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, ResBlock, RMSNorm, latent_size, load_vae
@@ -123,13 +122,7 @@ def decode_next(vae, latent, *caches):
     return (frames / 2 + 0.5).clamp(0, 1), *caches
 
 
-def encode_image(vae, image):
-    """A picture in [0, 1] -> its latent frame, normalised: where x0 starts, for image-to-video."""
-    latent, _ = vae.encode(image * 2 - 1)
-    return (latent - vae.latent_mean) / vae.latent_std
-
-
-def programs(dit, vae, checkpoint):
+def programs(dit, vae):
     """-> {package: Program}, in the order of the calls. An app keeps tensors by name, gives each
     package those that it asks for, and keeps what comes out, next_NAME as NAME."""
     prompts = "embedding" if dit.config["text_dim"] else "words"
@@ -137,14 +130,11 @@ def programs(dit, vae, checkpoint):
     caches = [f"cache_{i}" for i in range(blocks)]
     # Core ML Tools refuses an output with the name of an input.
     frames = ["frames", *(f"next_{name}" for name in caches)]
-    modules = {
+    return {
         "text_encoder": Program(encode_text, dit.text_encoder, [prompts], ["text"]),
         "generator": Program(predict_x0, dit, ["x_t", "t", "text"], ["x0"]),
         "decoder_first": Program(decode_next, vae, ["latent"], frames),  # nothing lies before it
         "decoder": Program(decode_next, vae, ["latent", *caches], frames)}
-    if checkpoint["settings"]["image_share"]:
-        modules["image_encoder"] = Program(encode_image, vae, ["image"], ["first_frame"])
-    return modules
 
 
 def as_list(x):
@@ -343,8 +333,7 @@ def describe(args, checkpoint, folder, names):
                               outputs=signature(program.outputs))
     if checkpoint["config"]["text_dim"]:
         text = dict(tokenise="not here: text_encoder reads the embedding of a prompt by the "
-                             "encoder of the training captions, your own, padded with zeros, "
-                             "which take no part")
+                             "encoder of the training captions, your own, padded with zeros")
     else:
         text = dict(
             vocabulary=checkpoint["vocabulary"], words=checkpoint["text_tokens"],
@@ -356,15 +345,13 @@ def describe(args, checkpoint, folder, names):
         order=["keep tensors by name: give a package those that it asks for, keep what comes "
                "out, next_NAME as NAME",
                "text_encoder, once",
-               "x0 = 0; to go on from an image: image_encoder, and first_frame is x0's first "
-               "latent frame",
-               "for each level of timesteps: t = level for every latent frame, but 0 for a given "
-               "first one; fresh standard normal noise; x_t = (1 - t) * x0 + t * noise; generator",
+               "x0 = 0; for each level of timesteps: t = [level]; fresh standard normal noise; "
+               "x_t = (1 - level) * x0 + level * noise; generator",
                "for each i of x0's third axis: latent = x0[:, :, i:i+1]; decoder_first if i is 0, "
                "else decoder: the next frames of the video"],
         timesteps=checkpoint["timesteps"], latent_shape=checkpoint["latent_shape"],
         latent_note="mean and std are inside the decoders: give them the generator's x0 as it is",
-        pixels_note="image, frames: [1, red green blue, frames, height, width], in [0, 1]",
+        pixels_note="frames: [1, red green blue, frames, height, width], in [0, 1]",
         captions=checkpoint["captions"], precision="float16", ffn_tiles=args.ffn_tiles,
         minimum_deployment_target="iOS 18", **text)
 
@@ -373,9 +360,8 @@ def export(args, modules, checkpoint, prompts, folder):
     """Converts every program into `folder`, and writes manifest.json beside them."""
     start = time.perf_counter()
     x_t = torch.randn(1, *checkpoint["latent_shape"])
-    height, width = [n * modules["decoder"].part.config["ratio"][1] for n in x_t.shape[3:]]
-    values = {"words": prompts, "embedding": prompts, "t": torch.ones(1, x_t.shape[2]), "x_t": x_t,
-              "latent": x_t[:, :, :1], "image": torch.zeros(1, 3, 1, height, width)}
+    values = {"words": prompts, "embedding": prompts, "t": torch.ones(1), "x_t": x_t,
+              "latent": x_t[:, :, :1]}
     for name, module in modules.items():
         convert(module, values, folder / f"{name}.mlpackage", args.ffn_tiles)
         print(f"{name}: converted after {time.perf_counter() - start:.0f} s", flush=True)
@@ -398,23 +384,19 @@ def publish(folder, out):
 # ------------------------------------------------------------ the proof
 
 
-def sample_packages(manifest, call, prompts, noise_per_step, image=None):
+def sample_packages(manifest, call, prompts, noise_per_step):
     """The loop of an app, from a manifest and call(package, {name: tensor}) -> {name: tensor}
-    alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]; image:
-    None, or [1, 3, 1, height, width] in [0, 1]. -> the video [1, 3, frames, height, width] in
-    [0, 1]"""
-    values = {"words": prompts, "embedding": prompts, "image": image, "first_frame": None}
+    alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]. -> the
+    video [1, 3, frames, height, width] in [0, 1]"""
+    values = {"words": prompts, "embedding": prompts, "x0": torch.zeros_like(noise_per_step[0])}
 
     def run(name):
         inputs = manifest["packages"][name]["inputs"]
         keep(values, call(name, {key: values[key] for key in inputs}))
 
     run("text_encoder")
-    if image is not None:
-        run("image_encoder")
-    values["x0"], is_free = start_of(noise_per_step[0], values["first_frame"])
     for level, noise in zip(manifest["timesteps"], noise_per_step):
-        values["t"] = level * is_free
+        values["t"] = torch.tensor([level])
         values["x_t"] = add_noise(values["x0"], noise, values["t"])
         run("generator")
     video = []
@@ -436,9 +418,10 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
         manifest = json.loads(path.read_text())
         for name, package in manifest["packages"].items():
             saved[name] = read_program(folder / package["file"])
-    modules = programs(dit, vae, checkpoint)
-    if saved.keys() != modules.keys():
-        fail(f"{folder} was made from another model: it holds {', '.join(saved)}")
+    modules = programs(dit, vae)
+    of_model = list(modules), checkpoint["latent_shape"]
+    if of_model != (list(saved), manifest.get("latent_shape")):
+        fail(f"{folder} was made from another model: {', '.join(saved)}")
     differences = {name: 0.0 for name in modules}
 
     def compared_call(name, inputs):
@@ -454,13 +437,8 @@ def prove(args, dit, vae, checkpoint, prompts, folder):
     g = torch.Generator().manual_seed(args.seed)
     shape = len(manifest["timesteps"]), 1, *checkpoint["latent_shape"]
     noise_per_step = torch.randn(shape, generator=g)
-    image = None
-    first_frame = None
-    if "image_encoder" in saved:
-        image = torch.rand(saved["image_encoder"].inputs["image"].shape, generator=g)
-        first_frame = modules["image_encoder"](image)
-    video = sample_packages(manifest, compared_call, prompts, noise_per_step, image)
-    x0 = sample_student(dit, noise_per_step, prompts, first_frame)
+    video = sample_packages(manifest, compared_call, prompts, noise_per_step)
+    x0 = sample_student(dit, noise_per_step, prompts)
     whole = vae.decode(x0 * vae.latent_std + vae.latent_mean)
     reference = (whole / 2 + 0.5).clamp(0, 1)
     psnr = -10 * (video - reference).square().mean().log10().item()
@@ -502,7 +480,7 @@ def random_student(preset, seed):
     checkpoint = dict(
         latent_shape=[channels, *latent_size(size(of_vae["size"]), ratio)],
         vocabulary=["<pad>", *words(caption)], text_tokens=5, config=dit.config,
-        captions=[caption], timesteps=student_times(4).tolist(), settings=dict(image_share=0.0))
+        captions=[caption], timesteps=student_times(4).tolist())
     return dit.eval().requires_grad_(False), checkpoint, vae.eval().requires_grad_(False)
 
 
@@ -541,7 +519,7 @@ def main(argv=None):
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
-            modules = programs(dit, vae, checkpoint)
+            modules = programs(dit, vae)
             export(args, modules, checkpoint, prompts, folder)
             metrics = prove(args, dit, vae, checkpoint, prompts, folder)
             publish(folder, args.out)

@@ -29,6 +29,7 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -37,8 +38,8 @@ from common import (FROZEN_BYTES, TRAINED_BYTES, WORLD, Loop, Optimizer, add_fil
                     count_parameters, fail, finish, make_parser, micro_batches, number, positive,
                     print_memory, progress, run_script, save, set_up, settings_of, step_generator,
                     steps_of, stop_if_done, warmup_cosine)
-from dit import (DiT, Latents, add_image_share, add_noise, flow_loss, kept_bytes, load_dit,
-                 planned_config, planned_tokens, print_cost, velocity_loss)
+from dit import (DiT, Latents, add_noise, flow_loss, kept_bytes, load_dit, planned_config,
+                 planned_tokens, print_cost)
 
 PRESETS = {
     "tiny": dict(
@@ -186,7 +187,7 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
     with `features` also that of the tokens after each kept block, relative to their size. While the
     student has all blocks, under masks, block i learns from block i; after the cut, block j learns
     from the teacher's block kept_blocks[j]. batch: x0 [b, c, t, h, w], prompts [b, words], noise,
-    t [b] or [b, frames]."""
+    t [b]."""
     x0, prompts, noise, t = batch
     x_t = add_noise(x0, noise, t)
     if kd:
@@ -195,9 +196,9 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
                                                          return_features=True)
     velocity, features = student(x_t, t, student.text_encoder(prompts), masks,
                                  return_features=True)
-    loss = velocity_loss(velocity, noise - x0, t)
+    loss = F.mse_loss(velocity.float(), noise - x0)
     if "output" in kd:
-        loss = loss + velocity_loss(velocity, teacher_velocity.float(), t)
+        loss = loss + F.mse_loss(velocity.float(), teacher_velocity.float())
     if "features" in kd:
         if kept_blocks is not None:
             teacher_features = [teacher_features[i] for i in kept_blocks]
@@ -217,7 +218,7 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 def draw_batch(args, data, purpose, step):
     """A tenth of the captions are empty, since the small model is guided, too."""
     g = step_generator(purpose, args.seed, step)
-    return data.draw(g, args.batch_size, 0.1, args.image_share, args.picture_share)
+    return data.draw(g, args.batch_size, 0.1, args.picture_share)
 
 
 def learn_masks(args, settings, data, teacher, budget, device, precision):
@@ -299,7 +300,6 @@ def parse_arguments(argv):
                    help="steps of learning masks, before --steps")
     p.add_argument("--mask-lr", type=number(0), default=0.002,
                    help="learning rate of the mask logits, down to 0 as the budget is reached")
-    add_image_share(p)
     add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--masks", "masks.pt", "the masks, written")

@@ -41,13 +41,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from common import (add_device_flags, add_file, check_settings, count_parameters, fail, load,
-                    make_parser, not_negative, number, positive, progress, read_metrics, reading,
-                    record_metrics, run_script, say, set_up, size, step_generator, write_atomically)
+                    make_parser, number, positive, progress, read_metrics, reading, record_metrics,
+                    run_script, say, set_up, size, step_generator, write_atomically)
 from distill import sample_student
-from dit import (Latents, decode, encode, flow_loss, load_dit, logit_normal, sample_euler, tokenize,
-                 words)
+from dit import (Latents, decode, flow_loss, load_dit, logit_normal, sample_euler, tokenize, words)
 from vae import (COLORS, DIRECTIONS, SHAPES, latent_size, load_vae, open_data, read_embedding,
-                 read_picture, shape_coverage)
+                 shape_coverage)
 from vae import PRESETS as VAE_PRESETS
 
 STAGES = {"dit": "teacher", "pruned": "pruned", "student": "student"}  # checkpoint -> its name
@@ -83,29 +82,24 @@ class Model:
             clips.append(torch.randn(shape, generator=g))
         return torch.stack(clips, dim=1).to(self.device)
 
-    def sample(self, prompts, noise, first_frame=None, trajectory=None):
-        """-> normalised latents [b, c, t, h, w]. first_frame, trajectory: as in sample_euler."""
+    def sample(self, prompts, noise, trajectory=None):
+        """-> normalised latents [b, c, t, h, w]. trajectory: as in sample_euler."""
         with self.precision():
             if self.is_student:
-                return sample_student(self.dit, noise, prompts, first_frame, trajectory)
-            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, first_frame,
-                                trajectory)
+                return sample_student(self.dit, noise, prompts, trajectory)
+            return sample_euler(self.dit, noise[0], prompts, self.steps, self.cfg, trajectory)
 
-    def make(self, prompts, seed, first_frame=None, batch=48):
+    def make(self, prompts, seed, batch=48):
         """-> normalised latents [n, c, t, h, w] on the CPU, and the median over batches of seconds
-        per clip. prompts: what the text encoder reads, [n, words, ...]; first_frame: None, or
-        the first latent frames of the clips, [n or 1, c, 1, h, w]."""
+        per clip. prompts: what the text encoder reads, [n, words, ...]."""
         n = len(prompts)
         prompts = prompts.to(self.device)
         noise = self.noise(n, seed)
         x0 = []
         seconds = []
-        if first_frame is not None:
-            first_frame = first_frame.to(self.device).expand(n, -1, -1, -1, -1)
         for i in progress(range(0, n, batch), desc=f"{STAGES[self.stage]}, {n} clips"):
             start = time.perf_counter()
-            given = None if first_frame is None else first_frame[i:i + batch]
-            latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch], given)
+            latents = self.sample(prompts[i:i + batch], noise[:, i:i + batch])
             x0.append(latents.cpu())  # waits for the device
             seconds.append((time.perf_counter() - start) / len(x0[-1]))
         return torch.cat(x0), float(np.median(seconds))
@@ -479,10 +473,6 @@ $compare
 <p>“$caption”. Above: x_t, what the network is given. Below: x0, the clean clip that it sees in it.
 The teacher creeps along its velocity; the student jumps to x0, adds noise, and jumps again.</p>
 $trajectories
-<h2>From a picture on</h2>
-<p>Above: the first frame that is given, of a test clip. Below: how the last model goes on from it
-under another caption.</p>
-$pictures
 <h2>What was cut</h2>
 <p>A row per block of the teacher: the heads of its self-attention and of its cross-attention, and
 how much of its FFN stays. Filled stays; a block that is cut keeps nothing.</p>
@@ -550,18 +540,6 @@ def from_noise(args, data, vae, models, caption, precision):
         blank = np.full_like(row[0], 255)
         rows.append(row + [blank] * (8 - len(row)))
     return figure(args.run / "path.png", rows, args.fps, "x_t above x0, a column per step")
-
-
-def from_pictures(args, data, vae, model, captions, precision):
-    """pictures.gif: first frames of test clips, and how they go on under these captions."""
-    first_frames = data.x0(data.test[:len(captions)])[:, :, :1]
-    prompts = data.prompts_of(captions[:len(first_frames)])
-    x0, _ = model.make(prompts, args.seed, first_frames)
-    clips = decode(vae, x0, precision)
-    given = [cell(clip[:, :1].expand_as(clip), "given", width=160) for clip in clips]
-    made = [cell(clip, caption, width=160) for clip, caption in zip(clips, captions)]
-    return figure(args.run / "pictures.gif", [given, made], args.fps,
-                  "pictures above, clips below")
 
 
 FIGURES = {  # key in metrics.json -> name, and what its value is multiplied with
@@ -632,15 +610,12 @@ def report(args, data, vae, models, precision):
     trajectories = ""
     if few:
         trajectories = from_noise(args, data, vae, few, captions[-1], precision)
-    pictures = "Left out: no model here was trained with --image-share."
-    if models and models[-1].checkpoint["settings"]["image_share"]:
-        pictures = from_pictures(args, data, vae, models[-1], captions[:4], precision)
     page = PAGE.substitute(
         run=escape(str(args.run)), size="×".join(str(n) for n in data.checkpoint["config"]["size"]),
         left_out=f"Left out, since it is not there: {', '.join(left_out)}." if left_out else "",
         unseen=escape("; ".join(unseen) or "none of them"), compare=compare,
         caption=escape(captions[-1]),
-        masks=masks, trajectories=trajectories, pictures=pictures, table=table, curves=curves,
+        masks=masks, trajectories=trajectories, table=table, curves=curves,
         metrics=escape(json.dumps(metrics, indent=1)))
     write_atomically(args.run / "report.html", lambda file: file.write(page.encode()))
     print(f"open {args.run / 'report.html'}")
@@ -670,8 +645,7 @@ def read_prompts(args, checkpoint):
 
 
 def make_clips(args, device, precision):
-    """--prompt: one clip each, from noise or from a picture, and as many stretches further, each
-    from the last frame of the one before."""
+    """--prompt: one clip each."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
     vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
     channels, t, h, w = model.latent_shape
@@ -680,22 +654,9 @@ def make_clips(args, device, precision):
     if args.frames:
         clip_size = args.frames, *clip_size[1:]
     model.latent_shape = channels, *latent_size(clip_size, vae.config["ratio"])
-    if (args.image or args.stretches) and not model.checkpoint["settings"]["image_share"]:
-        fail(f"{args.model} cannot go on from a picture: it was trained with --image-share 0")
     prompts = read_prompts(args, model.checkpoint)
-    last = None  # [1, 3, 1, h, w]
-    if args.image:
-        with reading(args.image):
-            pixels = torch.from_numpy(read_picture(args.image, *clip_size[1:]))
-        last = rearrange(pixels, "rgb h w -> 1 rgb 1 h w").float() / 127.5 - 1
-    stretches = []
-    for i in range(1 + args.stretches):
-        first_frame = None if last is None else encode(vae, last, precision)
-        x0, _ = model.make(prompts, args.seed + 1000 * i, first_frame)
-        clips = decode(vae, x0, precision)
-        last = clips[:, :, -1:]
-        stretches.append(clips[:, :, 1:] if stretches else clips)
-    clips = torch.cat(stretches, dim=2)
+    x0, _ = model.make(prompts, args.seed)
+    clips = decode(vae, x0, precision)
     cells = [cell(clip, prompt) for clip, prompt in zip(clips, args.prompt)]
     columns = 1 if args.out.suffix == ".png" else math.ceil(math.sqrt(len(cells)))
     while len(cells) % columns:
@@ -712,10 +673,6 @@ def main(argv=None):
                    help="what to show, in words of the training captions; may be repeated")
     p.add_argument("--embedding", type=Path, metavar="FILE",
                    help="name.npy, the prompt's text embedding, if the model was trained on such")
-    p.add_argument("--image", type=Path, metavar="FILE",
-                   help="a picture (png, jpg, webp) to start --prompt's clips from")
-    p.add_argument("--continue", dest="stretches", type=not_negative, default=0, metavar="N",
-                   help="N further stretches, each from the last frame of the one before")
     p.add_argument("--size", type=size, metavar="TxHxW",
                    help="frames x height x width of --prompt's clips (default: as trained)")
     p.add_argument("--frames", type=positive,

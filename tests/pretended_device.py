@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -140,9 +139,6 @@ def main():
         sample.main(["--score", "4", *few, *where])
         sample.main(["--report", *few, *where])
         sample.main(["--prompt", "a red circle", "--out", f"{sys.argv[1]}/red.gif", *where])
-        Image.new("RGB", (20, 20), "red").save(f"{sys.argv[1]}/first.png")
-        sample.main(["--prompt", "a red circle", "--out", f"{sys.argv[1]}/longer.gif", "--continue",
-                     "1", "--image", f"{sys.argv[1]}/first.png", *where])
     for (stage, before), (next_stage, after) in zip(waits, waits[1:]):
         if stage == next_stage and after > before:
             sys.exit(f"{stage}: the host waits for the device in a step")

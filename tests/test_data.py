@@ -480,7 +480,7 @@ def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
     assert "if --size begins with 1x" in refused(tmp_path, capsys)
     run = tmp_path.with_name("run")
     train("vae", run, "--data", str(tmp_path), "--size", "1x16x16")
-    train("dit", run, "--image-share", "1")
+    train("dit", run)
     data = dit.Latents(run / "latents.pt")
     assert (len(data.train), len(data.pictures), len(data.test)) == (19, 0, 1)
 

@@ -147,7 +147,7 @@ def test_in_its_warm_up_steps_the_student_does_not_hear_the_discriminator(micro_
 def test_the_student_makes_one_evaluation_per_step_without_guidance(micro_dit, steps):
     calls = []
     micro_dit.register_forward_hook(
-        lambda _, inputs, __: calls.append((len(inputs[0]), inputs[1][0, 0].item())))
+        lambda _, inputs, __: calls.append((len(inputs[0]), inputs[1][0].item())))
     distill.sample_student(micro_dit, torch.randn(steps, 3, 4, 2, 3, 3), inputs()[1])
     assert calls == [(3, pytest.approx(t)) for t in distill.student_times(steps).tolist()]
 
@@ -165,7 +165,7 @@ def test_a_student_that_knows_the_clip_finds_it_from_any_noise():
         text_encoder.empty = torch.zeros(())
 
         def forward(self, x_t, t, text):
-            return (x_t - x0) / dit.per_frame(t)
+            return (x_t - x0) / dit.per_clip(t)
 
     noise_per_step = torch.randn(4, 1, 4, 2, 3, 3)
     torch.testing.assert_close(distill.sample_student(Perfect(), noise_per_step, None), x0)

@@ -27,13 +27,9 @@ def no_grad():
 
 @pytest.fixture(scope="session")
 def exported(micro_run):
-    """The run with its packages, and a second export, of a model without pictures, with the FFN
-    in tiles."""
-    student = torch.load(micro_run / "student.pt", weights_only=True)
-    student["settings"]["image_share"] = 0.0
-    common.save(micro_run / "videos.pt", **student)
-    export_coreml.main(["--run", str(micro_run), "--model", str(micro_run / "videos.pt"),
-                        "--out", str(micro_run / "tiles"), "--ffn-tiles", "3"])
+    """The run with its packages, and a second export with the FFN in tiles."""
+    export_coreml.main(["--run", str(micro_run), "--out", str(micro_run / "tiles"),
+                        "--ffn-tiles", "3"])
     export_coreml.main(["--run", str(micro_run)])
     return micro_run
 
@@ -63,8 +59,7 @@ def refusal(capsys, *flags):
 
 def test_the_packages_compute_what_pytorch_computes_in_five_dimensions(exported):
     figures = json.loads((exported / "metrics.json").read_text())["export"]
-    assert list(figures) == ["text_encoder", "generator", "decoder_first", "decoder",
-                             "image_encoder"]
+    assert list(figures) == ["text_encoder", "generator", "decoder_first", "decoder"]
     for one in figures.values():
         assert one["max_rank"] <= 5
         assert one["parity_max_abs"] < 0.05
@@ -74,9 +69,8 @@ def test_the_packages_compute_what_pytorch_computes_in_five_dimensions(exported)
     assert figures["decoder"]["video_psnr_db"] > 40
 
 
-@pytest.mark.parametrize("folder, with_image", [("coreml", False), ("tiles", False),
-                                                ("coreml", True)])
-def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, folder, with_image):
+@pytest.mark.parametrize("folder", ["coreml", "tiles"])
+def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, folder):
     manifest = json.loads((exported / folder / "manifest.json").read_text())
     shape = [1, *manifest["latent_shape"]]
     prompt = "A red circle, moving LEFT sideways"
@@ -98,16 +92,9 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     run("text_encoder")
     g = torch.Generator().manual_seed(0)
     noise_per_step = torch.randn(len(manifest["timesteps"]), *shape, generator=g)
-    if with_image:
-        tensors["image"] = torch.rand(1, 3, 1, 16, 16)
-        run("image_encoder")
-        tensors["x0"][:, :, :1] = tensors["first_frame"]
     for level, noise in zip(manifest["timesteps"], noise_per_step):
-        tensors["t"] = torch.full((1, shape[2]), level)
-        if with_image:
-            tensors["t"][0, 0] = 0
-        t = tensors["t"].view(1, 1, -1, 1, 1)
-        tensors["x_t"] = (1 - t) * tensors["x0"] + t * noise
+        tensors["t"] = torch.tensor([level])
+        tensors["x_t"] = (1 - level) * tensors["x0"] + level * noise
         run("generator")
     video = []
     for i in range(shape[2]):
@@ -120,10 +107,7 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     tokens = dit.tokenize(["a red circle moving left"], metadata["vocabulary"],
                           metadata["text_tokens"])
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
-    picture = None
-    if with_image:
-        picture = dit.encode(autoencoder, tensors["image"] * 2 - 1, torch.no_grad)
-    x0 = sample_student(student, noise_per_step, tokens, picture)
+    x0 = sample_student(student, noise_per_step, tokens)
     clip = dit.decode(autoencoder, x0, torch.no_grad)
     mse = (torch.cat(video, dim=2) - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
@@ -135,7 +119,7 @@ def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(micro
     model.latent_mean.normal_()
     model.latent_std.uniform_(0.5, 1.5)
     x0 = torch.randn(1, 4, 4, 2, 2)
-    modules = export_coreml.programs(micro_dit, model, {"settings": {"image_share": 0.0}})
+    modules = export_coreml.programs(micro_dit, model)
     tensors = {}
     video = []
     for i, latent in enumerate(x0.split(1, dim=2)):
@@ -294,8 +278,8 @@ def test_a_stop_while_replacing_leaves_none_that_looks_finished(exported, tmp_pa
     (out / "unfinished").mkdir()  # as SIGKILL would leave it
     export_coreml.main(command)
     assert sorted(path.name for path in out.iterdir()) == [
-        "decoder.mlpackage", "decoder_first.mlpackage", "generator.mlpackage",
-        "image_encoder.mlpackage", "manifest.json", "text_encoder.mlpackage"]
+        "decoder.mlpackage", "decoder_first.mlpackage", "generator.mlpackage", "manifest.json",
+        "text_encoder.mlpackage"]
 
 
 BAD = [  # what a person may type, and a word of the answer

@@ -1,8 +1,6 @@
 """Each score must rank known good clips above known bad ones before it is used for anything."""
 import io
-import shutil
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -164,59 +162,7 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
     assert torch.equal(x0, model.sample(prompts, noise))
 
 
-@pytest.mark.parametrize("stage", ["dit", "student"])
-def test_a_given_picture_stays_as_it_is_and_changes_what_follows(micro_run, stage):
-    model = load_model(micro_run, stage)
-    prompts = prompts_of(model, 2)
-    noise = model.noise(2, 0)
-    picture = torch.randn(2, *model.checkpoint["latent_shape"])[:, :, :1]
-    x0 = model.sample(prompts, noise, picture)
-    assert torch.equal(x0[:, :, :1], picture)
-    assert not torch.allclose(x0[:, :, 1:], model.sample(prompts, noise)[:, :, 1:])
-
-
 # ------------------------------------------------------------ videos and pictures
-
-
-@pytest.fixture
-def image_run(micro_run, tmp_path):
-    """A student, an autoencoder and a picture."""
-    shutil.copy(micro_run / "vae.pt", tmp_path)
-    shutil.copy(micro_run / "student.pt", tmp_path)
-    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    iio.imwrite(tmp_path / "first.png", noise)
-    return tmp_path
-
-
-def test_a_clip_goes_on_from_a_picture_and_from_its_own_last_frame(image_run, monkeypatch):
-    written = []
-    monkeypatch.setattr(sample, "write_video", lambda path, rows, fps: written.append(rows[0][0]))
-    flags = ["--run", str(image_run), "--device", "cpu", "--dtype", "float32", "--prompt", CAPTION,
-             "--image", str(image_run / "first.png")]
-    for more in [], ["--continue", "2"]:
-        sample.main([*flags, *more])
-    once, thrice = written
-    assert len(thrice) == len(once) + 2 * (len(once) - 1)
-    assert np.array_equal(thrice[:len(once)], once)
-
-    checkpoint = torch.load(image_run / "student.pt", weights_only=True)
-    autoencoder = vae.load_vae(image_run / "vae.pt", "cpu", checkpoint["vae_checksum"])
-    pixels = torch.from_numpy(vae.read_picture(image_run / "first.png", 16, 16))  # [3, 16, 16]
-    picture = pixels[None, :, None].float() / 127.5 - 1
-    reconstruction = autoencoder.decode(autoencoder.encode(picture)[0]).clamp(-1, 1)
-    expected = sample.cell(reconstruction[0], CAPTION)[0].astype(int)
-    assert np.abs(expected - once[0]).max() <= 1  # what the VAE keeps of it, nothing else
-
-
-@pytest.mark.parametrize("flags", [["--continue", "1"], ["--image", "first.png"]])
-def test_what_was_trained_without_pictures_goes_on_from_none(image_run, monkeypatch, capsys, flags):
-    monkeypatch.chdir(image_run)
-    student = torch.load("student.pt", weights_only=True)
-    student["settings"]["image_share"] = 0.0
-    torch.save(student, "student.pt")
-    with pytest.raises(SystemExit) as stop:
-        sample.main(["--run", ".", "--prompt", CAPTION, *flags])
-    assert stop.value.code == 2 and "--image-share 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, shape", [
@@ -232,18 +178,6 @@ def test_a_clip_may_have_another_size_than_those_trained_on(micro_run, monkeypat
     monkeypatch.setattr(sample, "write_video", lambda *args: None)
     sample.main(["--run", str(micro_run), "--device", "cpu", "--prompt", CAPTION, *flags.split()])
     assert decoded[0].shape == (1, 3, *shape) and decoded[0].isfinite().all()
-
-
-def test_the_encoders_inverse_is_the_decoder():
-    model = vae.VAE((1, 8, 8), latent_channels=2, width=4, res_blocks=1, patch=4)
-    model.latent_mean.normal_()
-    model.latent_std.uniform_(0.5, 1.5)
-    model.encode = lambda x: (x, None)
-    model.stream = lambda z: z.split(1, dim=2)
-    clips = torch.rand(2, 2, 3, 4, 4)
-    latents = dit.encode(model, clips, torch.no_grad)
-    assert not torch.allclose(latents, clips)
-    torch.testing.assert_close(dit.decode(model, latents, torch.no_grad), clips)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
