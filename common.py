@@ -155,8 +155,6 @@ def add_training_flags(p):
     p.add_argument("--ema", type=number(0, 1), help="decay of the average weights that are saved")
     p.add_argument("--picture-share", type=number(0, 1), default=0.0,
                    help="share of steps on pictures: first frames, of pictures and clips")
-    p.add_argument("--accumulate", type=positive, default=1,
-                   help="parts of a batch, one after the other: the same update in less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=number(0), default=60,
@@ -170,8 +168,8 @@ def add_training_flags(p):
 def settings_of(args):
     """What a result depends on: every flag but file names and those that change it at most by
     rounding."""
-    left_out = ("preset", "device", "dtype", "accumulate", "compile", "gradient_checkpointing",
-                "save_every", "dry_run", "memory")
+    left_out = ("preset", "device", "dtype", "compile", "gradient_checkpointing", "save_every",
+                "dry_run", "memory")
     return {name: value for name, value in vars(args).items()
             if name not in left_out and not isinstance(value, Path)}
 
@@ -242,13 +240,6 @@ def wait_for_all():
 
 def average_gradients(parameters, batch_size):
     average([p.grad for p in parameters if p.grad is not None], batch_size)
-
-
-def micro_batches(batch, n):
-    """The tensors of a batch in n parts, one after the other: what fraction of the batch a part is,
-    and its tensors. Losses are means, so with that factor gradients add up to the whole batch's."""
-    for part in zip(*(x.chunk(n) for x in batch)):
-        yield len(part[0]) / len(batch[0]), part
 
 
 # ------------------------------------------------------------ optimisers
@@ -536,12 +527,10 @@ class Loop:
              seconds=self.seconds, history=self.history, **state)
 
     def log(self, **values):
-        """Notes values of this step, 0-dimensional tensors; those of a name add up, as the parts of
-        a mean over this process's clips. The gradient's norm is one of them: what is not finite
-        ends the run before it saves."""
-        row = self.logged[-1]
+        """Notes values of this step, 0-dimensional tensors: means over this process's clips. The
+        gradient's norm is one of them: what is not finite ends the run before it saves."""
         for name, value in values.items():
-            row[name] = row.get(name, 0) + value.detach().float()
+            self.logged[-1][name] = value.detach().float()
 
     def __iter__(self):
         handlers = {signum: signal.signal(signum, self.note_signal)

@@ -32,7 +32,7 @@ from torch import nn
 
 from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file,
                     add_training_flags, average_gradients, average_weights, checksum,
-                    count_parameters, fail, finish, make_parser, micro_batches, not_negative,
+                    count_parameters, fail, finish, make_parser, not_negative,
                     number, positive, print_memory, run_script, save, set_up, settings_of,
                     step_generator, stop_if_done, warmup_cosine)
 from dit import (Block, Latents, add_noise, guided_velocity, kept_bytes, load_dit, logit_normal,
@@ -257,13 +257,16 @@ def main(argv=None):
     student.gradient_checkpointing = args.gradient_checkpointing  # and the discriminator's copy
     design = dict(frozen_blocks=args.frozen_blocks, trainable_blocks=args.trainable_blocks,
                   head=args.d_head, time_conditioning=args.time_conditioning)
-    try:
-        discriminator = Discriminator(student, **design).to(device)
-    except ValueError as error:
-        fail(f"--frozen-blocks: {error}")
     ema = average_weights(student, args)
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
-    d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
+    state = dict(student=student, ema=ema, optimizer=optimizer)
+    if args.adversarial:
+        try:
+            discriminator = Discriminator(student, **design).to(device)
+        except ValueError as error:
+            fail(f"--frozen-blocks: {error}")
+        d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
+        state |= dict(discriminator=discriminator, d_optimizer=d_optimizer)
     predict = torch.compile(predict_x0) if args.compile else predict_x0
     times = student_times(args.sampling_steps)
 
@@ -277,62 +280,60 @@ def main(argv=None):
         s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
         return real, prompts, noise, t, s, s_noise
 
-    loop = Loop("distill", args, settings, args.steps, device, draw, student=student,
-                discriminator=discriminator, ema=ema, optimizer=optimizer, d_optimizer=d_optimizer)
-    for step, batch in loop:
+    loop = Loop("distill", args, settings, args.steps, device, draw, **state)
+    for step, (real, prompts, noise, t, s, s_noise) in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
-        d_optimizer.set_lr(warmup_cosine(step, args.steps))
+        values = {}  # to log
 
-        # The discriminator's step, on real latents and on what the student makes now.
+        # Made once, on the student's graph. The discriminator's step sees its value alone.
+        x_t = add_noise(real, noise, t)
+        with precision():
+            fake = predict(student, x_t, t, student.text_encoder(prompts))
+
+        # The discriminator's step: real latents against what the student makes now.
         if args.adversarial:
+            d_optimizer.set_lr(warmup_cosine(step, args.steps))
             discriminator.zero_grad()
-            for fraction, part in micro_batches(batch, args.accumulate):
-                real, prompts, noise, t, s, s_noise = part
-                x_t = add_noise(real, noise, t)
-                with precision(), torch.no_grad():
-                    fake = predict(student, x_t, t, student.text_encoder(prompts))
-                with precision():
-                    d_loss, accuracy = discriminator_loss(discriminator, real, fake, s, s_noise,
-                                                          prompts)
-                (fraction * d_loss).backward()
-                loop.log(hinge=fraction * d_loss, d_accuracy=fraction * accuracy)
+            with precision():
+                d_loss, accuracy = discriminator_loss(discriminator, real, fake.detach(), s,
+                                                      s_noise, prompts)
+            d_loss.backward()
             average_gradients(discriminator.parameters(), args.batch_size)
             nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
             d_optimizer.step()
+            values |= dict(hinge=d_loss, d_accuracy=accuracy)
 
-        # The student's step, towards the teacher's outcome and against the new discriminator.
+        # The student's step: towards the teacher's endpoint, and against the new discriminator.
         student.zero_grad()
-        for fraction, part in micro_batches(batch, args.accumulate):
-            real, prompts, noise, t, s, s_noise = part
-            x_t = add_noise(real, noise, t)
-            loss = 0.0
+        loss = 0 * fake.sum()  # with neither term, in warm-up, the gradient is zero
+        if args.distillation:
             with precision():
-                # Made again, with its graph: those of all parts of a batch would fill the memory.
-                fake = predict(student, x_t, t, student.text_encoder(prompts))
-                if args.distillation:
-                    target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg,
-                                              args.teacher_steps)
-                    # Pseudo-Huber: where the outcome is open, a squared error would want the
-                    # blurred mean.
-                    distillation = ((fake - target).square() + 0.01).sqrt().mean()
-                    loss = loss + args.distillation * distillation
-                    loop.log(distillation=fraction * distillation)
-                if args.adversarial:
+                target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
+            # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean.
+            distillation = ((fake - target).square() + 0.01).sqrt().mean()
+            loss = loss + args.distillation * distillation
+            values["distillation"] = distillation
+        if args.adversarial:
+            adversary = torch.zeros((), device=device)  # in the warm-up steps
+            if step >= args.d_warmup_steps:
+                # The gradient reaches the student through all of the discriminator, frozen blocks
+                # too; its weights are left as they are: only the student's are asked for below.
+                with precision():
                     adversary = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
-                    weight = args.adversarial if step >= args.d_warmup_steps else 0.0
-                    loss = loss + weight * adversary
-                    loop.log(generator=fraction * adversary)
-            (fraction * loss).backward(inputs=list(student.parameters()))
+                loss = loss + args.adversarial * adversary
+            values["generator"] = adversary
+        loss.backward(inputs=list(student.parameters()))
         average_gradients(student.parameters(), args.batch_size)
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))
+        values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(student)
+        loop.log(**values)
 
-    metrics = dict(params=count_parameters(student),
-                   discriminator_params=count_parameters(discriminator), nfe=args.sampling_steps)
+    metrics = dict(params=count_parameters(student), nfe=args.sampling_steps)
     for name, values in loop.history.items():
         metrics[name] = sum(values[-20:]) / len(values[-20:])
     if args.adversarial:  # no later stage reads it
+        metrics["discriminator_params"] = count_parameters(discriminator)
         save(args.discriminator, stage="discriminator", config=dict(dit=student.config, **design),
              model=discriminator.state_dict(), metrics=metrics, settings=settings)
     save(args.out, stage="student", config=student.config, model=ema.module.state_dict(),

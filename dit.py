@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from common import (SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
                     average_gradients, average_weights, check_settings, count_parameters, fail,
-                    finish, load, make_parser, micro_batches, number, positive, print_memory,
+                    finish, load, make_parser, number, positive, print_memory,
                     reading, run_script, save, say, set_up, settings_of, size, step_generator,
                     stop_if_done, warmup_cosine)
 from vae import PRESETS as VAE_PRESETS
@@ -593,18 +593,17 @@ def main(argv=None):
 
     loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                 optimizer=optimizer)
-    for step, batch in loop:
+    for step, (x0, prompts, noise, t) in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
         dit.zero_grad()
-        for fraction, (x0, prompts, noise, t) in micro_batches(batch, args.accumulate):
-            with precision():
-                loss = fraction * loss_fn(dit, x0, prompts, noise, t)
-            loss.backward()
-            loop.log(loss=loss)
+        with precision():
+            loss = loss_fn(dit, x0, prompts, noise, t)
+        loss.backward()
         average_gradients(dit.parameters(), args.batch_size)
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(dit.parameters(), 1.0))
+        grad_norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(dit)
+        loop.log(loss=loss, grad_norm=grad_norm)
 
     last_losses = loop.history["loss"][-50:]
     metrics = dict(params=count_parameters(dit), loss=sum(last_losses) / len(last_losses))

@@ -35,7 +35,7 @@ from torch import nn
 
 from common import (FROZEN_BYTES, TRAINED_BYTES, WORLD, Loop, Optimizer, add_file,
                     add_training_flags, average_gradients, average_weights, checksum,
-                    count_parameters, fail, finish, make_parser, micro_batches, number, positive,
+                    count_parameters, fail, finish, make_parser, number, positive,
                     print_memory, progress, run_script, save, set_up, settings_of, step_generator,
                     steps_of, stop_if_done, warmup_cosine)
 from dit import (DiT, Latents, add_noise, flow_loss, kept_bytes, load_dit, planned_config,
@@ -70,15 +70,14 @@ def full_masks(config):
             "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
 
 
-def taylor_importance(dit, batches, batch_size, accumulate):
+def taylor_importance(dit, batches, batch_size):
     """|d loss / d mask|, the first-order estimate of what cutting a unit costs (Molchanov et al.,
     https://arxiv.org/abs/1906.10771), averaged over batches of (x0, prompts, noise, t)."""
     device = batches[0][0].device
     masks = {name: m.to(device).requires_grad_(True) for name, m in full_masks(dit.config).items()}
     scores = {name: torch.zeros_like(m) for name, m in masks.items()}
     for batch in progress(batches, desc="sensitivity", leave=False, delay=1):
-        for fraction, part in micro_batches(batch, accumulate):
-            (fraction * flow_loss(dit, *part, masks)).backward(inputs=list(masks.values()))
+        flow_loss(dit, *batch, masks).backward(inputs=list(masks.values()))
         average_gradients(masks.values(), batch_size)
         for name, mask in masks.items():
             scores[name] += mask.grad.abs() / len(batches)
@@ -100,7 +99,7 @@ def weight_magnitude(dit):
     return {name: torch.stack(rows) for name, rows in scores.items()}
 
 
-def sensitivity(dit, criterion, batches, seed=0, batch_size=1, accumulate=1):
+def sensitivity(dit, criterion, batches, seed=0, batch_size=1):
     """One score per unit, in the masks' shapes; higher means keep. criterion: taylor (where learned
     masks start, too), magnitude or random. batches: a list of (x0, prompts, noise, t), of which
     this process has a share of batch_size clips."""
@@ -110,7 +109,7 @@ def sensitivity(dit, criterion, batches, seed=0, batch_size=1, accumulate=1):
         g = torch.Generator().manual_seed(seed)
         return {name: torch.rand(m.shape, generator=g)
                 for name, m in full_masks(dit.config).items()}
-    return taylor_importance(dit, batches, batch_size, accumulate)
+    return taylor_importance(dit, batches, batch_size)
 
 
 # ------------------------------------------------------------ 2. masks
@@ -229,8 +228,7 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
-        scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size,
-                             args.accumulate)
+        scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size)
     masks = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     optimizer = Optimizer(student, args.optimizer, args.lr, precision)
@@ -249,16 +247,15 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
         optimizer.set_lr(warmup_cosine(step, args.mask_steps))
         student.zero_grad()
         masks.zero_grad()
-        for fraction, part in micro_batches(batch, args.accumulate):
-            with precision():
-                loss = fraction * loss_fn(student, teacher, part, args.kd, masks(done))
-            loss.backward()
-            loop.log(loss=loss)
+        with precision():
+            loss = loss_fn(student, teacher, batch, args.kd, masks(done))
+        loss.backward()
         average_gradients([*student.parameters(), *masks.parameters()], args.batch_size)
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(student.parameters(), 1.0))
+        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         masks.normalize_gradients()
         mask_optimizer.step()
+        loop.log(loss=loss, grad_norm=grad_norm)
     return student, scores, masks, loop
 
 
@@ -365,15 +362,14 @@ def main(argv=None):
     for step, batch in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
         dense.zero_grad()
-        for fraction, part in micro_batches(batch, args.accumulate):
-            with precision():
-                loss = fraction * loss_fn(dense, teacher, part, args.kd, None, kept_blocks)
-            loss.backward()
-            loop.log(loss=loss)
+        with precision():
+            loss = loss_fn(dense, teacher, batch, args.kd, None, kept_blocks)
+        loss.backward()
         average_gradients(dense.parameters(), args.batch_size)
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(dense.parameters(), 1.0))
+        grad_norm = nn.utils.clip_grad_norm_(dense.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(dense)
+        loop.log(loss=loss, grad_norm=grad_norm)
 
     params = count_parameters(dense)
     metrics = dict(params=params, params_ratio=params / count_parameters(teacher),

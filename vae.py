@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from common import (FIRST, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
                     average_gradients, average_weights, check_settings, checksum, count_parameters,
-                    fail, finish, load, make_parser, micro_batches, number, positive, print_memory,
+                    fail, finish, load, make_parser, number, positive, print_memory,
                     progress, reading, run_script, save, say, set_up, settings_of, size,
                     step_generator, stop_if_done, wait_for_all, warmup_cosine)
 
@@ -935,19 +935,18 @@ def main(argv=None):
 
     loop = Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
                 optimizer=optimizer)
-    for step, batch in loop:
+    for step, (x, noise) in loop:
         optimizer.set_lr(warmup_cosine(step, args.steps))
         vae.zero_grad()
-        for fraction, (x, noise) in micro_batches(batch, args.accumulate):
-            with precision():
-                loss, psnr_db = loss_fn(vae, x, noise, args.kl)
-            (fraction * loss).backward()
-            loop.log(loss=fraction * loss, psnr_db=fraction * psnr_db)
+        with precision():
+            loss, psnr_db = loss_fn(vae, x, noise, args.kl)
+        loss.backward()
         average_gradients(vae.parameters(), args.batch_size)
         # A loss in dB has gradients of 20 to 100; clipped to 1, every step would weigh the same.
-        loop.log(grad_norm=nn.utils.clip_grad_norm_(vae.parameters(), 100.0))
+        grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 100.0)
         optimizer.step()
         ema.update_parameters(vae)
+        loop.log(loss=loss, psnr_db=psnr_db, grad_norm=grad_norm)
 
     if not FIRST:
         return
@@ -958,7 +957,7 @@ def main(argv=None):
 
     # The data set, once, as latents: no later training touches pixels.
     part = args.latents.with_name(args.latents.name + ".part")
-    batch_size = 1 if args.crop else max(1, args.batch_size // args.accumulate)
+    batch_size = 1 if args.crop else args.batch_size
     latents, mean, std = encode_all(vae, data, latent_shape, part, batch_size, device, precision)
     vae.latent_mean.copy_(mean.view(-1, 1, 1, 1))
     vae.latent_std.copy_(std.view(-1, 1, 1, 1))

@@ -1,7 +1,6 @@
 """What every script shares: optimisers, the learning rate, shares of a batch; who may import whom.
 Files and resuming have tests of their own: test_resume, test_bad_input."""
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MICRO, train
 from torch import nn
 
 import common
 
-INPUTS = {"vae": [], "dit": ["latents"], "prune": ["latents", "dit"],
-          "distill": ["latents", "dit", "pruned"]}
-OUTPUTS = {"vae": ["vae"], "dit": ["dit"], "prune": ["pruned"], "distill": ["student"]}
 ROOT = Path(__file__).parent.parent
 PIPELINE = ["common", "vae", "dit", "prune", "distill", "sample", "export_coreml"]
 
@@ -143,28 +138,6 @@ def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch, tmp_path, ca
         common.Loop("dit", args, {}, 6, torch.device("cpu"), None)
     assert stop.value.code == 2
     assert "3 processes need at least a clip each" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage", MICRO)
-def test_a_batch_in_parts_gives_the_update_of_the_whole(micro_run, tmp_path, stage):
-    """8 clips, or 4 of the VAE, in three parts: of 3, 3 and 2."""
-    results = []
-    for parts in 1, 3:
-        run = tmp_path / str(parts)
-        run.mkdir()
-        for name in INPUTS[stage]:
-            os.link(micro_run / f"{name}.pt", run / f"{name}.pt")
-        steps = ["--steps", "1"] + (["--mask-steps", "1"] if stage == "prune" else [])
-        train(stage, run, *steps, "--accumulate", str(parts), "--optimizer", "adamw", "--lr",
-              "1e-4", "--ema", "0", "--dtype", "float32")
-        out, = [path for path in run.glob("*.pt") if path.stem in OUTPUTS[stage]]
-        results.append(torch.load(out, weights_only=True))
-    whole, in_parts = results
-    whole["history"].pop("psnr_db", None)  # a logarithm: parts of it do not add up
-    for name, values in whole["history"].items():
-        assert in_parts["history"][name] == pytest.approx(values, rel=1e-4, abs=1e-6)
-    for name, p in whole["model"].items():
-        torch.testing.assert_close(in_parts["model"][name], p, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
