@@ -20,7 +20,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 import zipfile
 import zlib
 from pathlib import Path
@@ -141,7 +140,8 @@ def add_file(p, flag, name, text):
 def add_device_flags(p):
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                   help="of the arithmetic (weights stay float32); auto: bfloat16 where it is fast")
+                   help="of the arithmetic (weights stay float32); auto: bfloat16 on GPUs that "
+                        "have it in hardware, else float32")
 
 
 def add_training_flags(p):
@@ -159,17 +159,13 @@ def add_training_flags(p):
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=number(0), default=60,
                    help="seconds between saves; 0: every step")
-    p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
-                   help="only say what training costs, on clips of this size")
-    p.add_argument("--memory", type=number(1), default=80, metavar="GB",
-                   help="of the GPU that --dry-run is about")
 
 
 def settings_of(args):
     """What a result depends on: every flag but file names and those that change it at most by
     rounding."""
     left_out = ("preset", "device", "dtype", "compile", "gradient_checkpointing", "save_every",
-                "dry_run", "memory")
+                "dry_run")
     return {name: value for name, value in vars(args).items()
             if name not in left_out and not isinstance(value, Path)}
 
@@ -198,16 +194,7 @@ def set_up(args):
     bfloat16 = args.dtype == "bfloat16"
     if args.dtype == "auto" and device.type == "cuda":
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.dtype == "auto" and device.type == "cpu":
-        # Some CPUs that have bfloat16 take twice as long with it, others a quarter: try.
-        bfloat16 = product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def product_seconds(dtype):
-    """The least of a few times that a product of matrices takes on the CPU."""
-    x = torch.ones(512, 512, dtype=dtype)
-    return min(timeit.repeat(lambda: x @ x, number=1, repeat=10))
 
 
 def progress(items, **how):
@@ -332,30 +319,6 @@ def average_weights(model, args):
 
 def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
-
-
-# Bytes per weight: itself and its bfloat16 copy; then gradient, AdamW's moments, average.
-FROZEN_BYTES = 4 + 2
-TRAINED_BYTES = FROZEN_BYTES + 4 + 8 + 4
-
-
-def print_memory(args, fixed, kept, kept_checkpointing):
-    """--dry-run: whether a training step fits the GPU, and with which flags. fixed: bytes whatever
-    the batch; kept: bytes per clip for the backward pass; kept_checkpointing: the same under
-    --gradient-checkpointing."""
-    print(f"  memory: {fixed / 1e9:.3g} GB whatever the batch, {kept / 1e9:.3g} GB per clip, "
-          f"{kept_checkpointing / 1e9:.3g} with --gradient-checkpointing (estimates)")
-    room = 0.9 * args.memory * 1e9 - fixed  # a tenth is for all that is not counted
-    answers = []
-    for flag, per_clip in (("", kept), (" --gradient-checkpointing", kept_checkpointing)):
-        clips = int(room / per_clip)
-        if clips >= args.batch_size:
-            answers.append(f"fits with{flag}" if flag else "fits")
-        elif clips >= 1:
-            parts = math.ceil(args.batch_size / clips)
-            answers.append(f"fits with --accumulate {parts}{flag}")
-    answer = ", ".join(answers) or "does not fit, not even one clip at a time"
-    print(f"  batch {args.batch_size} on a GPU of {args.memory:g} GB: {answer}")
 
 
 # ------------------------------------------------------------ files

@@ -30,14 +30,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (FROZEN_BYTES, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file,
-                    add_training_flags, average_gradients, average_weights, checksum,
-                    count_parameters, fail, finish, make_parser, not_negative,
-                    number, positive, print_memory, run_script, save, set_up, settings_of,
+from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    average_weights, checksum, count_parameters, fail, finish, make_parser,
+                    not_negative, number, positive, run_script, save, set_up, settings_of,
                     step_generator, stop_if_done, warmup_cosine)
-from dit import (Block, Latents, add_noise, guided_velocity, kept_bytes, load_dit, logit_normal,
-                 per_clip, planned_config, planned_tokens, print_cost)
-from prune import planned_pruned
+from dit import Block, Latents, add_noise, guided_velocity, load_dit, logit_normal, per_clip
 from vae import RMSNorm
 
 PRESETS = {
@@ -150,8 +147,7 @@ class Discriminator(nn.Module):
             if head == "convolution":
                 self.blocks.append(Convolution(width))
             else:
-                self.blocks.append(Block(width, config["heads"], config["head_dim"], config["ffn"],
-                                         has_padding=config["text_dim"] > 0))
+                self.blocks.append(Block(width, config["heads"], config["head_dim"], config["ffn"]))
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, 1)
 
@@ -221,27 +217,8 @@ def parse_arguments(argv):
     return args
 
 
-def print_costs(args):
-    """--dry-run."""
-    config = planned_pruned(args.preset)
-    n = planned_tokens(args)
-    teacher_params = print_cost("teacher", planned_config(args.preset), n)
-    params = print_cost("student", config, n)
-    parser_params = print_cost("discriminator, frozen", config | dict(depth=args.frozen_blocks), n)
-    head_params = print_cost("discriminator, trainable",
-                             config | dict(depth=args.trainable_blocks), n)
-    # The student's gradient passes through its own blocks and all of the discriminator's.
-    blocks = config["depth"] + args.frozen_blocks + args.trainable_blocks
-    print_memory(args, FROZEN_BYTES * (teacher_params + parser_params)
-                 + TRAINED_BYTES * (params + head_params),
-                 *kept_bytes(config | dict(depth=blocks), n))
-
-
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.dry_run is not None:
-        print_costs(args)
-        return
     device, precision = set_up(args)
     data = Latents(args.latents)
     teacher, _ = load_dit(args.teacher, device, "dit", data=data)

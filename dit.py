@@ -8,7 +8,7 @@ adaLN-single, with gates that start open; rectified flow; logit-normal noise lev
 
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
-    noise level t [b] -> shift, scale, gate ---------->  depth x [ self-attention (RoPE over t, h, w)
+    noise level t [b] -> shift, scale, gate --------->  depth x [ self-attention (RoPE over t, h, w)
     caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
                                                                  FFN ]
                                                                v
@@ -34,11 +34,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from common import (SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, average_weights, check_settings, count_parameters, fail,
-                    finish, load, make_parser, number, positive, print_memory,
-                    reading, run_script, save, say, set_up, settings_of, size, step_generator,
-                    stop_if_done, warmup_cosine)
+from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    average_weights, check_settings, count_parameters, fail, finish, load,
+                    make_parser, number, positive, reading, run_script, save, say, set_up,
+                    settings_of, size, step_generator, stop_if_done, warmup_cosine)
 from vae import PRESETS as VAE_PRESETS
 from vae import RMSNorm, latent_size
 
@@ -92,13 +91,12 @@ def tokenize(captions, vocabulary, length):
 
 
 class TextEncoder(nn.Module):
-    """Word numbers [b, m] -> [b, m, width]; a padded word has an embedding like any other. Or
-    embeddings [b, m, text_dim] of an encoder of your own, padded with zeros -> the same, zero where
-    they are, so that cross-attention can leave the padding out."""
+    """Word numbers [b, m], or embeddings [b, m, text_dim] of an encoder of your own -> [b, m,
+    width]. Both are padded, with 0 and with zeros: what stands there, and at each position, is
+    learned."""
 
     def __init__(self, width, vocabulary, text_tokens, text_dim):
         super().__init__()
-        self.text_dim = text_dim
         # The empty caption of classifier-free guidance: padding, or what your encoder gives for it.
         empty = torch.zeros(text_tokens, text_dim) if text_dim else torch.full((text_tokens,), PAD)
         self.register_buffer("empty", empty, persistent=text_dim > 0)
@@ -108,12 +106,7 @@ class TextEncoder(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, prompts):
-        text = self.out(self.norm(self.embed(prompts) + self.position))
-        if self.text_dim:
-            is_token = prompts.abs().amax(-1, keepdim=True) > 0  # [b, m, 1]
-            is_first = torch.arange(len(self.position), device=text.device)[:, None] == 0
-            text = text * torch.logical_or(is_token, is_first)  # an empty caption keeps one
-        return text
+        return self.out(self.norm(self.embed(prompts) + self.position))
 
 
 # ------------------------------------------------------------ attention and FFN
@@ -142,27 +135,13 @@ def rotate(x, rope):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def attend(q, k, v, is_key=None):
-    """softmax(q k^T / sqrt(head_dim)) v for [b, heads, n, head_dim]; is_key: [b, 1, 1, m], false
-    where a key is left out. Written out where PyTorch's fused kernel is slow: in bfloat16 on a CPU
-    (docs/performance.md)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [b, heads, n, m]
-        if is_key is not None:
-            scores = scores.masked_fill(~is_key, -math.inf)
-        return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_key)
-
-
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, width] to a context [b, m, width], which is x itself in
-    self-attention, with QK norm (https://arxiv.org/abs/2010.04245) per head. has_padding: rows of
-    zeros in the context are left out."""
+    self-attention, with QK norm (https://arxiv.org/abs/2010.04245) per head."""
 
-    def __init__(self, width, heads, head_dim, has_padding=False):
+    def __init__(self, width, heads, head_dim):
         super().__init__()
         self.heads = heads
-        self.has_padding = has_padding
         self.q = nn.Linear(width, heads * head_dim, bias=False)
         self.kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
         self.norm_q = RMSNorm(head_dim)
@@ -178,10 +157,8 @@ class Attention(nn.Module):
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
-        is_key = None
-        if self.has_padding:
-            is_key = (context.abs().amax(-1) > 0)[:, None, None]  # [b, 1, 1, m]
-        x = attend(q.type_as(v), k.type_as(v), v, is_key)  # one type for all; [b, heads, n, d]
+        # Under autocast the norms are float32: one type for all.
+        x = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)  # [b, heads, n, d]
         if head_mask is not None:
             x = x * head_mask[:, None, None]
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -233,12 +210,12 @@ class Block(nn.Module):
     adaLN-single (PixArt-alpha, https://arxiv.org/abs/2310.00426): one projection of the noise level
     serves all blocks, and each block adds a table of its own to it."""
 
-    def __init__(self, width, heads, head_dim, ffn, has_padding=False):
+    def __init__(self, width, heads, head_dim, ffn):
         super().__init__()
         self.norm1 = RMSNorm(width, affine=False)
         self.self_attention = Attention(width, heads, head_dim)
         self.norm2 = RMSNorm(width)
-        self.cross_attention = Attention(width, heads, head_dim, has_padding)
+        self.cross_attention = Attention(width, heads, head_dim)
         self.norm3 = RMSNorm(width, affine=False)
         self.feed_forward = FeedForward(width, ffn)
         # Our reading: gates start open and every output projection at zero, so that a new block is
@@ -300,8 +277,7 @@ class DiT(nn.Module):
         self.x_embedder = nn.Linear(latent_channels, width)
         self.t_embedder = TimestepEmbedder(time_dim)
         self.modulation = nn.Linear(time_dim, 6 * width)  # adaLN-single: one for all blocks
-        self.blocks = nn.ModuleList(Block(width, heads, head_dim, ffn, text_dim > 0)
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, head_dim, ffn) for _ in range(depth))
         self.final_layer = FinalLayer(width, time_dim, latent_channels)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -508,16 +484,6 @@ def forward_flops(config, n):
     return 2 * config["depth"] * (self_attention + cross_attention + feed_forward)
 
 
-def kept_bytes(config, n):
-    """What the blocks keep of a clip of n tokens for the backward pass under bfloat16 autocast, an
-    estimate; and with gradient checkpointing: their inputs, in float32, and all of one block."""
-    # Bytes per token and channel, counted in what autograd saves of one block (tests/test_dit.py).
-    inner = config["heads"] * config["head_dim"]
-    per_token = 34 * config["width"] + 26 * inner + 4 * config["ffn"]
-    inputs = 4 * config["depth"] * config["width"]
-    return n * config["depth"] * per_token, n * (inputs + per_token)
-
-
 def planned_config(preset):
     """The DiT of a preset before there is any data: captions of `shapes`, or at the paper's sizes
     128 embeddings of 4096 channels, as of T5-XXL."""
@@ -546,6 +512,11 @@ def print_cost(name, config, n):
     return params
 
 
+def add_dry_run(p):
+    p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
+                   help="only say what the preset's size costs, on clips of this size")
+
+
 # ------------------------------------------------------------ the training
 
 
@@ -561,16 +532,14 @@ def main(argv=None):
     add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     add_file(p, "--out", "dit.pt", "the trained DiT")
     add_training_flags(p)
+    add_dry_run(p)
     args = p.parse_args(argv)
     sizes = {key: getattr(args, key) for key in SIZES}
     if args.head_dim % 2 or args.head_dim < 6 or args.width % 4 or args.width < 8:
         fail("--head-dim must be even and at least 6, since RoPE turns pairs of channels for time, "
              "height and width; --width a multiple of 4 and at least 8")
     if args.dry_run is not None:
-        config = planned_config(args.preset) | sizes
-        n = planned_tokens(args)
-        params = print_cost("DiT", config, n)
-        print_memory(args, TRAINED_BYTES * params, *kept_bytes(config, n))
+        print_cost("DiT", planned_config(args.preset) | sizes, planned_tokens(args))
         return
     device, precision = set_up(args)
     data = Latents(args.latents)

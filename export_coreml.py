@@ -208,10 +208,8 @@ OPERATIONS = {
     "gather": lambda x, indices, axis, batch_dims, validate_indices: (
         x.index_select(axis, indices.flatten().long()).unflatten(axis, indices.shape)),
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none"}[mode]),
-    "greater": lambda x, y: x > y,
     "greater_equal": lambda x, y: x >= y,
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
-    "logical_or": lambda x, y: x | y,
     "mul": lambda x, y: x * y,
     "real_div": lambda x, y: x / y,
     "reduce_max": lambda x, axes, keep_dims: x.amax(list(axes), keepdim=keep_dims),

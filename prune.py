@@ -33,12 +33,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (FROZEN_BYTES, TRAINED_BYTES, WORLD, Loop, Optimizer, add_file,
-                    add_training_flags, average_gradients, average_weights, checksum,
-                    count_parameters, fail, finish, make_parser, number, positive,
-                    print_memory, progress, run_script, save, set_up, settings_of, step_generator,
+from common import (WORLD, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    average_weights, checksum, count_parameters, fail, finish, make_parser, number,
+                    positive, progress, run_script, save, set_up, settings_of, step_generator,
                     steps_of, stop_if_done, warmup_cosine)
-from dit import (DiT, Latents, add_noise, flow_loss, kept_bytes, load_dit, planned_config,
+from dit import (DiT, Latents, add_dry_run, add_noise, flow_loss, load_dit, planned_config,
                  planned_tokens, print_cost)
 
 PRESETS = {
@@ -302,6 +301,7 @@ def parse_arguments(argv):
     add_file(p, "--masks", "masks.pt", "the masks, written")
     add_file(p, "--out", "pruned.pt", "the pruned DiT")
     add_training_flags(p)
+    add_dry_run(p)
     return p.parse_args(argv)
 
 
@@ -313,15 +313,12 @@ def planned_pruned(preset):
 
 
 def print_costs(args):
-    """--dry-run. While masks are learned, the student is as large as its teacher."""
+    """--dry-run: prints what teacher and pruned model cost."""
     config = planned_config(args.preset)
     n = planned_tokens(args)
     params = print_cost("teacher", config, n)
     pruned_params = print_cost("pruned", config | kept_sizes(args, config), n)
     print(f"  pruned to {pruned_params / params:.1%} of the parameters")
-    teacher_features = 4 * config["depth"] * n * config["width"]
-    kept = [of_student + teacher_features for of_student in kept_bytes(config, n)]
-    print_memory(args, (FROZEN_BYTES + TRAINED_BYTES - 4) * params, *kept)  # no average of weights
 
 
 def main(argv=None):

@@ -20,7 +20,6 @@ only. So the first frame is encoded alone, a picture is a video of one frame, an
 
 Reading order: the model, the loss, the data (rendered clips, then filmed ones), the training.
 """
-import copy
 import csv
 import json
 import math
@@ -40,11 +39,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint_sequential
 
-from common import (FIRST, SHARE, TRAINED_BYTES, Loop, Optimizer, add_file, add_training_flags,
-                    average_gradients, average_weights, check_settings, checksum, count_parameters,
-                    fail, finish, load, make_parser, number, positive, print_memory,
-                    progress, reading, run_script, save, say, set_up, settings_of, size,
-                    step_generator, stop_if_done, wait_for_all, warmup_cosine)
+from common import (FIRST, SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
+                    average_weights, check_settings, checksum, count_parameters, fail, finish, load,
+                    make_parser, number, positive, progress, reading, run_script, save, say, set_up,
+                    settings_of, size, step_generator, stop_if_done, wait_for_all, warmup_cosine)
 
 PRESETS = {
     "tiny": dict(
@@ -821,39 +819,6 @@ def random_part(clips, part_size, generator):
     return clips
 
 
-def kept_bytes(vae, clip_size):
-    """What autograd keeps of one clip for the backward pass in bfloat16, counted on tensors without
-    data: of all layers; and with gradient checkpointing, all layers' inputs and what the largest
-    layer keeps."""
-    vae = copy.deepcopy(vae).to("meta", torch.bfloat16)
-    t, h, w = clip_size
-    p = vae.patch
-    x = torch.empty(1, 3 * p ** 2, t, h // p, w // p, device="meta", dtype=torch.bfloat16)
-    kept = set()  # storages, each once
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: kept.add(saved.untyped_storage()), lambda _: None)
-    of_inputs = []
-    of_layers = []
-    for layer in [*vae.encoder, *vae.decoder]:
-        if layer is vae.decoder[0]:
-            x, _ = x.chunk(2, dim=1)  # the mean
-        kept.clear()
-        of_inputs.append(x.nbytes)
-        with hooks:
-            x = layer(x.detach().requires_grad_())
-        of_layers.append(sum(storage.nbytes() for storage in kept))
-    return sum(of_layers), sum(of_inputs) + max(of_layers)
-
-
-def print_cost(args, vae, clip_size):
-    """--dry-run: prints what training costs, on clips of this size."""
-    t, h, w = latent_size(clip_size, args.ratio)
-    params = count_parameters(vae)
-    print(f"VAE: {params / 1e6:.4g} M parameters; {args.latent_channels} latent channels of "
-          f"{t}x{h}x{w} per clip")
-    print_memory(args, TRAINED_BYTES * params, *kept_bytes(vae, clip_size))
-
-
 @torch.no_grad()
 def encode_all(vae, data, latent_shape, path, batch_size, device, precision):
     """-> the latents (means) of all clips [n, c, t, h, w], float16, mapped from a file at `path`,
@@ -908,9 +873,6 @@ def main(argv=None):
         vae = VAE(args.ratio, args.latent_channels, args.width, args.res_blocks, args.patch)
     except ValueError as error:
         fail(str(error))
-    if args.dry_run is not None:
-        print_cost(args, vae, args.dry_run or crop)
-        return
     args.data = str(Path(args.data))  # a name that ends in / is the same folder
     settings = settings_of(args) | dict(folder=describe_folder(args.data, args.run))
     device, precision = set_up(args)
