@@ -12,11 +12,11 @@ parser, and adds learnable layers with full 3D attention and cross-attention to 
          --> K frozen blocks --> trainable blocks --> one score per token --> mean: real or not
              (never trained)     (3D attention, cross-attention)
 
-Our reading: the four levels; the hinge loss; real and generated latents get the same noise at the
-same low level s before they are judged; the shared modulation is frozen, too; the student does not
-hear the discriminator for some warm-up steps, or it would outrun it; x0 is noised again between
-sampling steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's CFG
-trajectory from the same x_t.
+Our reading: the four levels; the hinge loss; the discriminator sees real and generated latents with
+the same noise at the same low level s; the shared modulation is frozen, too; the adversarial loss
+is off during some warm-up steps, or the student overpowers the discriminator; x0 is noised again
+between sampling steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's
+CFG trajectory from the same x_t.
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
@@ -24,17 +24,15 @@ trajectory from the same x_t.
 """
 import argparse
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    average_weights, checksum, count_parameters, fail, finish, make_parser,
-                    not_negative, number, positive, run_script, save, set_up, settings_of,
-                    step_generator, stop_if_done, warmup_cosine)
-from dit import Block, Latents, add_noise, guided_velocity, load_dit, logit_normal, per_clip
+from common import cli, data, files, training
+from dit import Block, add_noise, guided_velocity, load_dit, logit_normal, per_clip
 from vae import RMSNorm
 
 PRESETS = {
@@ -46,7 +44,7 @@ PRESETS = {
         batch_size=32,
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,
-        d_warmup_steps=10,   # in which the student does not hear the discriminator
+        d_warmup_steps=10,   # in which the adversarial loss is off
         optimizer="muon",
         ema=0.95),           # the average of about the last 20 steps
     "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
@@ -66,28 +64,27 @@ def predict_x0(dit, x_t, t, text):
     return x_t - per_clip(t) * dit(x_t, t, text).float()
 
 
-def student_times(steps, shift=3.0):
+def student_timesteps(steps, shift=3.0):
     """The levels at which the jumps of a `steps`-step student start: 1, 0.9, 0.75, 0.5 for four.
     Shifted towards noise (https://arxiv.org/abs/2403.03206), where what the clip shows is decided:
-    below 1/2 hardly anything is."""
+    below 1/2 hardly anything is. Later stages read them from the checkpoint."""
     t = torch.linspace(1, 0, steps + 1)[:-1]
-    return shift * t / (1 + (shift - 1) * t)
+    return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
 @torch.no_grad()
-def sample_student(dit, noise_per_step, prompts, trajectory=None):
-    """One jump to x0 per step, and noise again in between, to the next level. No guidance: one
-    function evaluation per step. noise_per_step: [steps, b, c, t, h, w]. -> x0 [b, c, t, h, w].
-    trajectory: as in sample_euler."""
+def sample_student(dit, noise_per_step, prompts, timesteps):
+    """The student's sampler: at each of its levels one jump along the velocity to clean latents x0,
+    then fresh noise up to the next level. (The teacher's, sample_euler, moves x_t a little way
+    along it instead, and draws no noise.) No guidance: one evaluation per step. noise_per_step:
+    [steps, b, c, t, h, w]. Yields t, x_t and x0 of each step; the last x0 is the sample."""
     text = dit.text_encoder(prompts)
     x0 = torch.zeros_like(noise_per_step[0])  # at t = 1 it weighs nothing
-    for level, noise in zip(student_times(len(noise_per_step)).tolist(), noise_per_step):
+    for level, noise in zip(timesteps, noise_per_step):
         t = torch.full((len(x0),), level, device=x0.device)
         x_t = add_noise(x0, noise, t)
         x0 = predict_x0(dit, x_t, t, text)
-        if trajectory is not None:
-            trajectory.append((level, x_t, x0))
-    return x0
+        yield level, x_t, x0
 
 
 @torch.no_grad()
@@ -116,16 +113,17 @@ class Convolution(nn.Module):
         self.conv = nn.Conv3d(width, width, 3, padding=1)
 
     def forward(self, x, grid):
-        t, h, w = grid
-        features = rearrange(self.norm(x), "b (t h w) c -> b c t h w", t=t, h=h, w=w)
+        frames, height, width = grid
+        features = rearrange(self.norm(x), "b (t h w) c -> b c t h w", t=frames, h=height, w=width)
         return x + rearrange(F.silu(self.conv(features)), "b c t h w -> b (t h w) c")
 
 
 class Discriminator(nn.Module):
     """K frozen blocks of a DiT as features of noisy latents at level s, then trainable blocks of
     the same kind. All that comes from the DiT is frozen: embedders, text encoder, modulation, K
-    blocks; the added blocks, norm and linear layer train. Raises ValueError for more blocks than
-    the DiT has.
+    blocks; the added blocks, norm and linear layer train. Frozen weights still pass the gradient
+    on to their input: through them the adversarial loss reaches the student. Raises ValueError for
+    more blocks than the DiT has.
 
     Designs to compare with: no trainable block leaves a linear layer per token; head "convolution";
     K = 0 learns all blocks from scratch (embedders and modulation stay inherited);
@@ -152,8 +150,8 @@ class Discriminator(nn.Module):
         self.out = nn.Linear(width, 1)
 
     def forward(self, x_s, s, prompts):
-        """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; prompts: captions [b, words].
-        -> scores [b], above 0: real."""
+        """x_s: noisy latents [b, c, t, h, w]; s: their level [b]; prompts: [b, m]. -> scores [b],
+        above 0: real."""
         if not self.time_conditioning:
             s = torch.zeros_like(s)
         text = self.parser.text_encoder(prompts)
@@ -184,105 +182,85 @@ def discriminator_loss(discriminator, real, fake, s, noise, prompts):
 
 
 def parse_arguments(argv):
-    p = make_parser(__doc__, PRESETS, argv)
-    p.add_argument("--sampling-steps", type=positive, default=4, help="steps of the student")
-    p.add_argument("--frozen-blocks", type=not_negative,
+    p = cli.make_parser(__doc__, PRESETS, argv)
+    p.add_argument("--sampling-steps", type=cli.positive, default=4, help="steps of the student")
+    p.add_argument("--frozen-blocks", type=cli.not_negative,
                    help="K: blocks of the generator that the discriminator inherits")
-    p.add_argument("--trainable-blocks", type=not_negative,
+    p.add_argument("--trainable-blocks", type=cli.not_negative,
                    help="blocks that the discriminator adds; 0: one linear layer")
     p.add_argument("--d-head", default="attention", choices=["attention", "convolution"],
                    help="what those blocks are: the paper's attention, or convolutions")
     p.add_argument("--time-conditioning", action=argparse.BooleanOptionalAction, default=True,
                    help="tell the discriminator the noise level")
-    p.add_argument("--d-lr", type=number(1e-12), help="peak learning rate of the discriminator")
-    p.add_argument("--d-warmup-steps", type=not_negative,
-                   help="steps in which the student does not hear the discriminator")
-    p.add_argument("--d-noise-level", type=number(-20, 20), default=-2.5,
-                   help="mean of the logit of the level s at which it judges; -2.5 is about 0.08")
-    p.add_argument("--adversarial", type=number(0), default=0.03, help="weight of the adversary")
-    p.add_argument("--distillation", type=number(0), default=1.0,
+    p.add_argument("--d-lr", type=cli.number(1e-12),
+                   help="peak learning rate of the discriminator")
+    p.add_argument("--d-warmup-steps", type=cli.not_negative,
+                   help="steps in which the adversarial loss is off")
+    p.add_argument("--d-noise-level", type=cli.number(-20, 20), default=-2.5,
+                   help="noise level of the discriminator's inputs: mean of the logit of s; -2.5 "
+                        "is about 0.08")
+    p.add_argument("--adversarial", type=cli.number(0), default=0.03,
+                   help="weight of the adversarial loss; 0: no discriminator")
+    p.add_argument("--distillation", type=cli.number(0), default=1.0,
                    help="weight of the distillation term")
-    p.add_argument("--cfg", type=number(0), default=2.0,
+    p.add_argument("--cfg", type=cli.number(0), default=2.0,
                    help="classifier-free guidance scale of the teacher")
-    p.add_argument("--teacher-steps", type=positive, help="Euler steps of the teacher for a target")
-    add_file(p, "--discriminator", "discriminator.pt", "written if --adversarial is not 0")
-    add_file(p, "--pruned", "pruned.pt", "where the student starts, from prune.py")
-    add_file(p, "--teacher", "dit.pt", "the CFG teacher, from dit.py")
-    add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
-    add_file(p, "--out", "student.pt", "the few-step student")
-    add_training_flags(p)
+    p.add_argument("--teacher-steps", type=cli.positive,
+                   help="Euler steps of the teacher for a target")
+    cli.add_file(p, "--discriminator", "discriminator.pt", "written if --adversarial is not 0")
+    cli.add_file(p, "--pruned", "pruned.pt", "where the student starts, from prune.py")
+    cli.add_file(p, "--teacher", "dit.pt", "the CFG teacher, from dit.py")
+    cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
+    cli.add_file(p, "--out", "student.pt", "the few-step student")
+    cli.add_training_flags(p)
     args = p.parse_args(argv)
     if not (args.adversarial or args.distillation):
-        fail("--adversarial 0 --distillation 0 leaves nothing to learn from")
+        cli.exit_with_error("--adversarial 0 --distillation 0 leaves nothing to learn from")
     return args
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    device, precision = set_up(args)
-    data = Latents(args.latents)
-    teacher, _ = load_dit(args.teacher, device, "dit", data=data)
-    student, _ = load_dit(args.pruned, device, "pruned", "dit", data=data)
-    settings = settings_of(args) | dict(
-        latents_checksum=data.checksum, teacher_checksum=checksum(teacher.parameters()),
-        pruned_checksum=checksum(student.parameters()))
-    results = [args.out, args.discriminator] if args.adversarial else [args.out]
-    stop_if_done(results, settings, "distill", "sample.py --score")
+def draw_batch(latents, args, timesteps, step):
+    """From (stage, seed, step, process) alone: a resumed run repeats an unbroken one. -> real
+    latents [b, c, t, h, w], prompts [b, m], noise, the student's levels t [b]; the
+    discriminator's levels s [b] and noise."""
+    g = training.step_generator("distill", args.seed, step)
+    is_pictures = training.is_picture_step(args.picture_share, "distill", args.seed, step)
+    batch_size = training.local_batch_size(args)
+    real, prompts = latents.draw(g, batch_size, 0.0, is_pictures)
+    noise = torch.randn(real.shape, generator=g)
+    t = timesteps[torch.randint(len(timesteps), (batch_size,), generator=g)]
+    s = logit_normal(batch_size, g, args.d_noise_level)
+    s_noise = torch.randn(real.shape, generator=g)
+    return real, prompts, noise, t, s, s_noise
 
-    torch.manual_seed(args.seed)
-    student.train().requires_grad_(True)
-    student.gradient_checkpointing = args.gradient_checkpointing  # and the discriminator's copy
-    design = dict(frozen_blocks=args.frozen_blocks, trainable_blocks=args.trainable_blocks,
-                  head=args.d_head, time_conditioning=args.time_conditioning)
-    ema = average_weights(student, args)
-    optimizer = Optimizer(student, args.optimizer, args.lr, precision)
-    state = dict(student=student, ema=ema, optimizer=optimizer)
-    if args.adversarial:
-        try:
-            discriminator = Discriminator(student, **design).to(device)
-        except ValueError as error:
-            fail(f"--frozen-blocks: {error}")
-        d_optimizer = Optimizer(discriminator, args.optimizer, args.d_lr, precision)
-        state |= dict(discriminator=discriminator, d_optimizer=d_optimizer)
+
+def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimizer, precision):
+    """Both steps, the discriminator's and the student's, on each batch."""
     predict = torch.compile(predict_x0) if args.compile else predict_x0
-    times = student_times(args.sampling_steps)
-
-    def draw(step):
-        g = step_generator("distill", args.seed, step)
-        b = args.batch_size
-        real, prompts, noise, _ = data.draw(g, b, 0.0, args.picture_share)
-        t = times[torch.randint(len(times), (b,), generator=g)][SHARE]
-        s = logit_normal(b, g, args.d_noise_level)[SHARE]
-        frames = real.shape[2]
-        s_noise = torch.randn(b, *data.latents.shape[1:], generator=g)[SHARE][:, :, :frames]
-        return real, prompts, noise, t, s, s_noise
-
-    loop = Loop("distill", args, settings, args.steps, device, draw, **state)
     for step, (real, prompts, noise, t, s, s_noise) in loop:
-        optimizer.set_lr(warmup_cosine(step, args.steps))
         values = {}  # to log
-
-        # Made once, on the student's graph. The discriminator's step sees its value alone.
+        # Made once, on the student's graph; the discriminator's step sees it detached.
         x_t = add_noise(real, noise, t)
         with precision():
             fake = predict(student, x_t, t, student.text_encoder(prompts))
 
         # The discriminator's step: real latents against what the student makes now.
         if args.adversarial:
-            d_optimizer.set_lr(warmup_cosine(step, args.steps))
+            d_optimizer.set_lr(training.warmup_cosine(step, args.steps))
             discriminator.zero_grad()
             with precision():
                 d_loss, accuracy = discriminator_loss(discriminator, real, fake.detach(), s,
                                                       s_noise, prompts)
             d_loss.backward()
-            average_gradients(discriminator.parameters(), args.batch_size)
+            training.average_gradients(discriminator.parameters())
             nn.utils.clip_grad_norm_(discriminator.parameters(), 1.0)
             d_optimizer.step()
             values |= dict(hinge=d_loss, d_accuracy=accuracy)
 
         # The student's step: towards the teacher's endpoint, and against the new discriminator.
+        optimizer.set_lr(training.warmup_cosine(step, args.steps))
         student.zero_grad()
-        loss = 0 * fake.sum()  # with neither term, in warm-up, the gradient is zero
+        loss = 0 * fake.sum()  # in warm-up without a distillation term the gradient is zero
         if args.distillation:
             with precision():
                 target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
@@ -291,33 +269,71 @@ def main(argv=None):
             loss = loss + args.distillation * distillation
             values["distillation"] = distillation
         if args.adversarial:
-            adversary = torch.zeros((), device=device)  # in the warm-up steps
+            generator_loss = torch.zeros_like(loss)  # in warm-up
             if step >= args.d_warmup_steps:
-                # The gradient reaches the student through all of the discriminator, frozen blocks
-                # too; its weights are left as they are: only the student's are asked for below.
+                # The gradient passes through all of the discriminator, frozen blocks too, to
+                # `fake`; below only the student's own is asked for.
                 with precision():
-                    adversary = -discriminator(add_noise(fake, s_noise, s), s, prompts).mean()
-                loss = loss + args.adversarial * adversary
-            values["generator"] = adversary
+                    scores = discriminator(add_noise(fake, s_noise, s), s, prompts)
+                generator_loss = -scores.mean()
+                loss = loss + args.adversarial * generator_loss
+            values["generator"] = generator_loss
         loss.backward(inputs=list(student.parameters()))
-        average_gradients(student.parameters(), args.batch_size)
+        training.average_gradients(student.parameters())
         values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(student)
         loop.log(**values)
 
-    metrics = dict(params=count_parameters(student), nfe=args.sampling_steps)
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device, precision = training.set_up(args)
+    latents = data.Latents(args.latents)
+    teacher, _ = load_dit(args.teacher, device, "dit", latents=latents)
+    student, _ = load_dit(args.pruned, device, "pruned", "dit", latents=latents)
+    settings = cli.settings_of(args) | dict(
+        latents_checksum=latents.checksum, teacher_checksum=files.checksum(teacher.parameters()),
+        pruned_checksum=files.checksum(student.parameters()))
+    results = [args.out, args.discriminator] if args.adversarial else [args.out]
+    training.stop_if_done(results, settings, "distill", "sample.py --score")
+
+    torch.manual_seed(args.seed)
+    student.train().requires_grad_(True)
+    student.gradient_checkpointing = args.gradient_checkpointing  # and the discriminator's copy
+    ema = training.average_weights(student, args)
+    optimizer = training.Optimizer(student, args.optimizer, args.lr, precision)
+    state = dict(student=student, ema=ema, optimizer=optimizer)
+    discriminator = None
+    d_optimizer = None
+    design = dict(frozen_blocks=args.frozen_blocks, trainable_blocks=args.trainable_blocks,
+                  head=args.d_head, time_conditioning=args.time_conditioning)
+    if args.adversarial:
+        try:
+            discriminator = Discriminator(student, **design).to(device)
+        except ValueError as error:
+            cli.exit_with_error(f"--frozen-blocks: {error}")
+        d_optimizer = training.Optimizer(discriminator, args.optimizer, args.d_lr, precision)
+        state |= dict(discriminator=discriminator, d_optimizer=d_optimizer)
+
+    timesteps = student_timesteps(args.sampling_steps)
+    draw = partial(draw_batch, latents, args, torch.tensor(timesteps))
+    loop = training.Loop("distill", args, settings, args.steps, device, draw, **state)
+    train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimizer, precision)
+
+    metrics = dict(params=training.count_parameters(student), nfe=args.sampling_steps)
     for name, values in loop.history.items():
         metrics[name] = sum(values[-20:]) / len(values[-20:])
     if args.adversarial:  # no later stage reads it
-        metrics["discriminator_params"] = count_parameters(discriminator)
-        save(args.discriminator, stage="discriminator", config=dict(dit=student.config, **design),
-             model=discriminator.state_dict(), metrics=metrics, settings=settings)
-    save(args.out, stage="student", config=student.config, model=ema.module.state_dict(),
-         metrics=metrics, settings=settings, history=loop.history, timesteps=times.tolist(),
-         **data.metadata)
-    finish(args, "distill", metrics, "sample.py --score", loop)
+        metrics["discriminator_params"] = training.count_parameters(discriminator)
+        files.save(args.discriminator, stage="discriminator", metrics=metrics, settings=settings,
+                   config=dict(dit=student.config, **design), model=discriminator.state_dict())
+    # `config` rebuilds the student; sampling and export take its levels from `timesteps`.
+    files.save(args.out, stage="student", config=student.config, model=ema.module.state_dict(),
+               metrics=metrics, settings=settings, history=loop.history, timesteps=timesteps,
+               **latents.metadata)
+    training.finish(args, "distill", metrics, "sample.py --score", loop)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

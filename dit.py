@@ -9,7 +9,7 @@ adaLN-single, with gates that start open; rectified flow; logit-normal noise lev
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
     noise level t [b] -> shift, scale, gate --------->  depth x [ self-attention (RoPE over t, h, w)
-    caption -> text encoder -> [b, words, width] ---->           cross-attention to the words
+    caption -> text encoder -> [b, m, width] -------->           cross-attention to m tokens of text
                                                                  FFN ]
                                                                v
                                                        velocity [b, c, t, h, w]
@@ -26,7 +26,6 @@ Every later stage uses this one class: masked (an argument of `forward`), pruned
 as the discriminator's features (the first K blocks).
 """
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +33,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from common import (SHARE, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    average_weights, check_settings, count_parameters, fail, finish, load,
-                    make_parser, number, positive, reading, run_script, save, say, set_up,
-                    settings_of, size, step_generator, stop_if_done, warmup_cosine)
+from common import cli, data, files, training
 from vae import PRESETS as VAE_PRESETS
 from vae import RMSNorm, latent_size
 
@@ -66,39 +62,17 @@ SIZES = ("width", "depth", "heads", "head_dim", "ffn")
 
 # ------------------------------------------------------------ the text
 
-PAD = 0  # a caption of padding alone is the empty caption of classifier-free guidance
-
-
-def words(caption):
-    """'A red circle' -> ['a', 'red', 'circle']"""
-    return re.findall(r"\w+", caption.lower())
-
-
-def tokenize(captions, vocabulary, length):
-    """Captions -> word numbers [b, length], cut or padded. Words that training never saw are named
-    and left out; a caption of nothing else is refused: it would give the clip of no caption."""
-    index = {word: i for i, word in enumerate(vocabulary)}
-    unknown = set(words(" ".join(captions))) - set(index)
-    if unknown:
-        say(f"warning: not in the training captions, so left out: {', '.join(sorted(unknown))}")
-    rows = []
-    for caption in captions:
-        row = [index[word] for word in words(caption) if word in index][:length]
-        if not row:
-            fail(f"no word of '{caption[:100]}' is known; known are: {', '.join(vocabulary[1:20])}")
-        rows.append(row + [PAD] * (length - len(row)))
-    return torch.tensor(rows)
-
-
 class TextEncoder(nn.Module):
-    """Word numbers [b, m], or embeddings [b, m, text_dim] of an encoder of your own -> [b, m,
-    width]. Both are padded, with 0 and with zeros: what stands there, and at each position, is
-    learned."""
+    """Token ids [b, m], or embeddings [b, m, text_dim] of a text encoder of your own -> text
+    [b, m, width]. Both are padded with zeros, and the positions are learned: so is what a padded
+    one means."""
 
     def __init__(self, width, vocabulary, text_tokens, text_dim):
         super().__init__()
         # The empty caption of classifier-free guidance: padding, or what your encoder gives for it.
-        empty = torch.zeros(text_tokens, text_dim) if text_dim else torch.full((text_tokens,), PAD)
+        empty = torch.full((text_tokens,), data.PAD)
+        if text_dim:
+            empty = torch.zeros(text_tokens, text_dim)
         self.register_buffer("empty", empty, persistent=text_dim > 0)
         self.embed = nn.Linear(text_dim, width) if text_dim else nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.randn(text_tokens, width) * 0.02)
@@ -112,14 +86,16 @@ class TextEncoder(nn.Module):
 # ------------------------------------------------------------ attention and FFN
 
 
-def rope_angles(t, h, w, head_dim, device):
-    """Angles [t*h*w, head_dim / 2] of 3D RoPE (https://arxiv.org/abs/2104.09864; our reading of how
-    to split it). A quarter of a head's pairs of channels stands for time, three eighths for height,
-    three eighths for width; each pair turns at its own frequency, from 1 towards 1/100 radian per
-    position, since hardly a grid is longer than 100."""
+def rope_angles(frames, height, width, head_dim, device):
+    """Angles [n, head_dim / 2] of 3D RoPE (https://arxiv.org/abs/2104.09864; our reading of how to
+    split it), n = frames * height * width. A quarter of a head's pairs of channels stands for time,
+    three eighths for height, three eighths for width; each pair turns at its own frequency, from 1
+    towards 1/100 radian per position, since hardly a grid is longer than 100."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
-    axes = [torch.arange(n, device=device, dtype=torch.float32) for n in (t, h, w)]
+    axes = []
+    for length in (frames, height, width):
+        axes.append(torch.arange(length, device=device, dtype=torch.float32))
     grid = torch.meshgrid(*axes, indexing="ij")
     angles = []
     for position, n in zip(grid, (pairs - 2 * spatial, spatial, spatial)):
@@ -137,18 +113,22 @@ def rotate(x, rope):
 
 class Attention(nn.Module):
     """Multi-head attention of x [b, n, width] to a context [b, m, width], which is x itself in
-    self-attention, with QK norm (https://arxiv.org/abs/2010.04245) per head."""
+    self-attention, with QK norm (https://arxiv.org/abs/2010.04245)."""
 
     def __init__(self, width, heads, head_dim):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, heads * head_dim, bias=False)
         self.kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        # Our reading: QK norm over the channels of each head alone, so that a head that is pruned
+        # leaves the others as they were; over all heads it would change their scale.
         self.norm_q = RMSNorm(head_dim)
         self.norm_k = RMSNorm(head_dim)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, x, context, rope=None, head_mask=None):
+        """rope: cos and sin [n, head_dim / 2]; head_mask: [heads], 1 or 0, on what each head gives,
+        before the output projection mixes them."""
         q = rearrange(self.q(x), "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = rearrange(self.kv(context), "b m (two heads d) -> two b heads m d", two=2,
                          heads=self.heads)
@@ -242,7 +222,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [b, n, width], the embedded noise level, grid (t, h, w) -> velocity [b, c, t, h, w].
+    """Tokens [b, n, width], the embedded noise level, grid (frames, height, width) -> velocity
+    [b, c, t, h, w].
     Starts at zero: an untrained DiT is the zero function."""
 
     def __init__(self, width, time_dim, latent_channels):
@@ -255,15 +236,15 @@ class FinalLayer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t_embedding, grid):
-        t, h, w = grid
+        frames, height, width = grid
         shift, scale = self.modulation(t_embedding).unsqueeze(1).chunk(2, dim=-1)
         x = self.linear(modulate(self.norm(x), shift, scale))  # [b, n, c]
-        return rearrange(x, "b (t h w) c -> b c t h w", t=t, h=h, w=w)
+        return rearrange(x, "b (t h w) c -> b c t h w", t=frames, h=height, w=width)
 
 
 class DiT(nn.Module):
-    """depth: blocks; vocabulary: words known; text_tokens: words per caption; text_dim: channels of
-    text embeddings of your own (0: the built-in text encoder)."""
+    """depth: blocks; vocabulary: words known; text_tokens: tokens per caption; text_dim: channels
+    of text embeddings of your own (0: the built-in text encoder). `config` rebuilds it."""
 
     def __init__(self, latent_channels, width, depth, heads, head_dim, ffn, vocabulary, text_tokens,
                  text_dim=0):
@@ -298,8 +279,8 @@ class DiT(nn.Module):
         return x, modulation, rope, t_embedding
 
     def forward(self, x_t, t, text, masks=None, return_features=False):
-        """x_t: [b, c, t, h, w]; t: noise levels [b] in [0, 1], 1 is noise; text: [b, words, width]
-        from `text_encoder`. masks: None, or {0, 1} tensors, `blocks` [depth], `self_heads` and
+        """x_t: [b, c, t, h, w]; t: noise levels [b] in [0, 1], 1 is noise; text: [b, m, width] from
+        `text_encoder`. masks: None, or {0, 1} tensors, `blocks` [depth], `self_heads` and
         `cross_heads` [depth, heads], `ffn` [depth, ffn].
         -> velocity [b, c, t, h, w], and if asked the tokens [b, n, width] after each block."""
         x, modulation, rope, t_embedding = self.embed_inputs(x_t, t)
@@ -334,8 +315,9 @@ def logit_normal(n, generator, mean=0.0):
 
 
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
-    """Flow matching (https://arxiv.org/abs/2209.03003): the mean squared error of the velocity. x0,
-    noise: [b, c, t, h, w]; prompts: [b, words]; t: [b]."""
+    """Flow matching (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged
+    over all numbers of the batch: clips, channels, frames, height, width, each weighing the same.
+    x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim]; t: [b]."""
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
     return F.mse_loss(velocity.float(), noise - x0)
 
@@ -343,7 +325,7 @@ def flow_loss(dit, x0, prompts, noise, t, masks=None):
 def guided_velocity(dit, x_t, t, text, empty, cfg):
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): velocity without the caption +
     cfg * (with - without). cfg = 1 is the caption alone, for half the evaluations. text, empty:
-    [b, words, width]. -> [b, c, t, h, w]"""
+    [b, m, width]. -> [b, c, t, h, w]"""
     if cfg == 1:
         return dit(x_t, t, text).float()
     both = dit(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, empty])).float()
@@ -352,121 +334,33 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
 
 
 @torch.no_grad()
-def sample_euler(dit, noise, prompts, steps, cfg, trajectory=None):
-    """`steps` equal Euler steps from noise [b, c, t, h, w] at t = 1 to latents at t = 0.
-    trajectory: a list that gets, of each step, t, x_t, and the clean x0 to which the velocity
-    points."""
+def sample_euler(dit, noise, prompts, steps, cfg):
+    """The teacher's sampler: integrates the ODE from noise [b, c, t, h, w] at t = 1 to latents at
+    t = 0 in `steps` equal Euler steps along the velocity. With cfg other than 1 a step costs two
+    evaluations: 80 for 40 steps. Yields t, x_t, and the clean x0 to which the velocity points; the
+    last x0 is the sample."""
     text = dit.text_encoder(prompts)
     empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
-    x = noise
-    times = torch.linspace(1, 0, steps + 1, device=noise.device)
-    for t, t_next in zip(times, times[1:]):
-        velocity = guided_velocity(dit, x, t.expand(len(x)), text, empty, cfg)
-        if trajectory is not None:
-            trajectory.append((t.item(), x, x - t * velocity))
-        x = x + (t_next - t) * velocity
-    return x
+    x_t = noise
+    levels = torch.linspace(1, 0, steps + 1, device=noise.device)
+    for t, t_next in zip(levels, levels[1:]):
+        velocity = guided_velocity(dit, x_t, t.expand(len(x_t)), text, empty, cfg)
+        yield t, x_t, x_t - t * velocity
+        x_t = x_t + (t_next - t) * velocity
 
 
-# ------------------------------------------------------------ the data
+# ------------------------------------------------------------ from a file
 
 
-class Latents:
-    """latents.pt, normalised to mean 0 and std 1 per channel, with the captions as the DiT takes
-    them. The latents stay on disk: what is not asked for is not in memory."""
-
-    def __init__(self, path):
-        self.path = path
-        self.checkpoint = load(path, "latents")
-        with reading(path):
-            self.latents = self.checkpoint["latents"]  # [n, c, t, h, w]
-            self.checksum = self.checkpoint["checksum"]
-            self.mean = self.checkpoint["mean"].view(-1, 1, 1, 1)
-            self.std = self.checkpoint["std"].view(-1, 1, 1, 1)
-            n = self.checkpoint["train_clips"]
-            self.on_shapes = self.checkpoint["config"]["data"] == "shapes"
-            self.train = range(n)
-            self.pictures = range(n, n + self.checkpoint["pictures"])
-            self.test = range(self.pictures.stop, len(self.latents))
-            self.captions = self.checkpoint["captions"]
-            drawn = self.captions[:self.pictures.stop]  # what is trained on
-            known = sorted(set(drawn))
-            self.number_of = {caption: i for i, caption in enumerate(known)}
-            self.caption_number = torch.tensor([self.number_of[caption] for caption in drawn])
-            vocabulary = ["<pad>", *sorted(set(words(" ".join(known))))]
-            if self.checkpoint["embeddings"] is None:
-                self.text_dim = 0
-                text_tokens = max(len(words(caption)) for caption in known)
-                self.prompts = tokenize(known, vocabulary, text_tokens)  # [captions, words]
-                self.empty = PAD
-            else:
-                self.prompts = self.checkpoint["embeddings"]  # [captions + 1, tokens, dim], mapped
-                self.empty = self.prompts[-1]
-                text_tokens, self.text_dim = self.prompts.shape[1:]
-            # What a checkpoint needs beside the weights, so that sampling needs no data set.
-            self.metadata = dict(
-                vocabulary=vocabulary, text_tokens=text_tokens,
-                captions=sorted(set(self.captions[:n])),
-                held_out_captions=self.checkpoint["held_out_captions"],
-                latent_shape=list(self.latents.shape[1:]),
-                vae_checksum=self.checkpoint["vae_checksum"])
-            self.x0([0])  # raises if mean and std do not fit the latents
-
-    def prompts_of(self, captions):
-        """What the text encoder reads: word numbers [b, words], or embeddings [b, tokens, dim] of
-        an encoder of your own, which are known for the training captions alone."""
-        if not self.text_dim:
-            return tokenize(captions, self.metadata["vocabulary"], self.metadata["text_tokens"])
-        for caption in captions:
-            if caption not in self.number_of:
-                fail(f"there is no embedding for '{caption}', only for {'; '.join(self.number_of)}")
-        prompts = self.prompts[[self.number_of[caption] for caption in captions]]
-        return prompts.float()  # the file's float16 cannot be mixed with autocast's bfloat16
-
-    def x0(self, indices):
-        """Clean latents [b, c, t, h, w] of these clips."""
-        return (self.latents[torch.as_tensor(indices)].float() - self.mean) / self.std
-
-    def draw(self, generator, batch_size, cfg_dropout=0.0, picture_share=0.0):
-        """This process's share of a batch -> x0 [b, c, t, h, w]; prompts [b, words], some of them
-        empty for CFG; noise, as x0; t [b]. A picture_share of the batches are pictures: the first
-        latent frames alone, of pictures and clips alike."""
-        is_pictures = torch.rand((), generator=generator) < picture_share
-        frames = 1 if is_pictures else self.latents.shape[2]
-        choices = self.pictures.stop if is_pictures else self.train.stop
-        picked = torch.randint(choices, (batch_size,), generator=generator)[SHARE]
-        is_empty = torch.rand(batch_size, generator=generator)[SHARE] < cfg_dropout
-        noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)[SHARE]
-        t = logit_normal(batch_size, generator)[SHARE]
-        prompts = self.prompts[self.caption_number[picked]]
-        prompts[is_empty] = self.empty
-        if self.text_dim:
-            prompts = prompts.float()  # once, here: float16 does not mix with autocast's bfloat16
-        return self.x0(picked)[:, :, :frames], prompts, noise[:, :, :frames], t
-
-
-def load_dit(path, device, *stages, data=None):
-    """-> the model in eval mode, and its checkpoint. data: Latents that it must be trained on."""
-    checkpoint = load(path, *stages)
-    with reading(path):
+def load_dit(path, device, *stages, latents=None):
+    """-> the model in eval mode, and its checkpoint. latents: those that it must be trained on."""
+    checkpoint = files.load(path, *stages)
+    with files.reading(path):
         dit = DiT(**checkpoint["config"])
         dit.load_state_dict(checkpoint["model"])
-    if data is not None:
-        check_settings(path, checkpoint["settings"], dict(latents_checksum=data.checksum))
+    if latents is not None:
+        files.check_settings(path, checkpoint["settings"], dict(latents_checksum=latents.checksum))
     return dit.to(device).eval().requires_grad_(False), checkpoint
-
-
-@torch.no_grad()
-def decode(vae, x0, precision, batch=32):
-    """Normalised latents -> clips [b, 3, t, h, w] in [-1, 1], on the CPU. Streamed: the device
-    never holds a long clip."""
-    clips = []
-    for part in x0.split(batch):
-        z = part.to(vae.latent_mean.device) * vae.latent_std + vae.latent_mean
-        with precision():
-            pieces = [frames.float().clamp(-1, 1).cpu() for frames in vae.stream(z)]
-        clips.append(torch.cat(pieces, dim=2))
-    return torch.cat(clips)
 
 
 # ------------------------------------------------------------ what a size costs
@@ -494,92 +388,106 @@ def planned_config(preset):
     return config | dict(vocabulary=0, text_tokens=128, text_dim=4096)
 
 
-def planned_tokens(args):
-    """-> tokens of a clip of the preset's size, or of that given with --dry-run."""
-    of_vae = VAE_PRESETS[args.preset]
-    clip_size = args.dry_run or size(of_vae["size"])  # --dry-run alone is ()
-    return math.prod(latent_size(clip_size, size(of_vae["ratio"])))
-
-
-def print_cost(name, config, n):
-    """--dry-run: prints what a DiT is and what n tokens cost. -> its parameters"""
+def print_cost(name, config, args):
+    """--dry-run: prints what a DiT is and what a clip costs. -> its parameters"""
+    preset = VAE_PRESETS[args.preset]
+    clip_size = args.dry_run or cli.size(preset["size"])  # --dry-run alone is ()
+    n = math.prod(latent_size(clip_size, cli.size(preset["ratio"])))
     with torch.device("meta"):
-        params = count_parameters(DiT(**config))
-    tflop = forward_flops(config, n) / 1e12
+        params = training.count_parameters(DiT(**config))
     print(f"{name}: {config['depth']} blocks, {config['heads']} heads, FFN {config['ffn']}, width "
           f"{config['width']}: {params / 1e6:,.4g} M parameters; one evaluation of {n:,} tokens "
-          f"{tflop:.3g} TFLOP")
+          f"{forward_flops(config, n) / 1e12:.3g} TFLOP")
     return params
 
 
 def add_dry_run(p):
-    p.add_argument("--dry-run", nargs="?", type=size, const=(), metavar="TxHxW",
+    p.add_argument("--dry-run", nargs="?", type=cli.size, const=(), metavar="TxHxW",
                    help="only say what the preset's size costs, on clips of this size")
 
 
 # ------------------------------------------------------------ the training
 
 
-def main(argv=None):
-    p = make_parser(__doc__, PRESETS, argv)
-    p.add_argument("--width", type=positive, help="channels of a token")
-    p.add_argument("--depth", type=positive, help="blocks")
-    p.add_argument("--heads", type=positive, help="attention heads per block")
-    p.add_argument("--head-dim", type=positive, help="channels of a head")
-    p.add_argument("--ffn", type=positive, help="hidden channels of the FFN")
-    p.add_argument("--cfg-dropout", type=number(0, 1), default=0.1,
-                   help="share of captions left empty in training, for classifier-free guidance")
-    add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
-    add_file(p, "--out", "dit.pt", "the trained DiT")
-    add_training_flags(p)
+def draw_batch(latents, args, stage, step, cfg_dropout):
+    """What a step of flow matching trains on, from (stage, seed, step, process) alone, so that a
+    resumed run repeats an unbroken one. -> x0 [b, c, t, h, w], prompts [b, m], noise, t [b]"""
+    g = training.step_generator(stage, args.seed, step)
+    is_pictures = training.is_picture_step(args.picture_share, stage, args.seed, step)
+    batch_size = training.local_batch_size(args)
+    x0, prompts = latents.draw(g, batch_size, cfg_dropout, is_pictures)
+    noise = torch.randn(x0.shape, generator=g)
+    t = logit_normal(batch_size, g)
+    return x0, prompts, noise, t
+
+
+def parse_arguments(argv):
+    p = cli.make_parser(__doc__, PRESETS, argv)
+    p.add_argument("--width", type=cli.positive, help="channels of a token")
+    p.add_argument("--depth", type=cli.positive, help="blocks")
+    p.add_argument("--heads", type=cli.positive, help="attention heads per block")
+    p.add_argument("--head-dim", type=cli.positive, help="channels of a head")
+    p.add_argument("--ffn", type=cli.positive, help="hidden channels of the FFN")
+    p.add_argument("--cfg-dropout", type=cli.number(0, 1), default=0.1,
+                   help="fraction of captions left empty, for classifier-free guidance")
+    cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
+    cli.add_file(p, "--out", "dit.pt", "the trained DiT")
+    cli.add_training_flags(p)
     add_dry_run(p)
     args = p.parse_args(argv)
-    sizes = {key: getattr(args, key) for key in SIZES}
     if args.head_dim % 2 or args.head_dim < 6 or args.width % 4 or args.width < 8:
-        fail("--head-dim must be even and at least 6, since RoPE turns pairs of channels for time, "
-             "height and width; --width a multiple of 4 and at least 8")
+        cli.exit_with_error(
+            "--head-dim must be even and at least 6, since RoPE turns pairs of channels for time, "
+            "height and width; --width a multiple of 4 and at least 8")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    sizes = {key: getattr(args, key) for key in SIZES}
     if args.dry_run is not None:
-        print_cost("DiT", planned_config(args.preset) | sizes, planned_tokens(args))
+        print_cost("DiT", planned_config(args.preset) | sizes, args)
         return
-    device, precision = set_up(args)
-    data = Latents(args.latents)
-    settings = settings_of(args) | dict(latents_checksum=data.checksum)
-    stop_if_done([args.out], settings, "dit", "prune.py")
+    device, precision = training.set_up(args)
+    latents = data.Latents(args.latents)
+    settings = cli.settings_of(args) | dict(latents_checksum=latents.checksum)
+    training.stop_if_done([args.out], settings, "dit", "prune.py")
 
     torch.manual_seed(args.seed)
-    dit = DiT(latent_channels=data.latents.shape[1], text_dim=data.text_dim,
-              vocabulary=len(data.metadata["vocabulary"]),
-              text_tokens=data.metadata["text_tokens"], **sizes).to(device)
-    dit.text_encoder.empty[:] = data.empty
+    dit = DiT(latent_channels=latents.latents.shape[1], text_dim=latents.text_dim,
+              vocabulary=len(latents.metadata["vocabulary"]),
+              text_tokens=latents.metadata["text_tokens"], **sizes).to(device)
+    dit.text_encoder.empty[:] = latents.empty
     dit.gradient_checkpointing = args.gradient_checkpointing
-    ema = average_weights(dit, args)
-    optimizer = Optimizer(dit, args.optimizer, args.lr, precision)
+    ema = training.average_weights(dit, args)
+    optimizer = training.Optimizer(dit, args.optimizer, args.lr, precision)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
 
     def draw(step):
-        g = step_generator("dit", args.seed, step)
-        return data.draw(g, args.batch_size, args.cfg_dropout, args.picture_share)
+        return draw_batch(latents, args, "dit", step, args.cfg_dropout)
 
-    loop = Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
-                optimizer=optimizer)
+    loop = training.Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
+                         optimizer=optimizer)
     for step, (x0, prompts, noise, t) in loop:
-        optimizer.set_lr(warmup_cosine(step, args.steps))
+        optimizer.set_lr(training.warmup_cosine(step, args.steps))
         dit.zero_grad()
         with precision():
             loss = loss_fn(dit, x0, prompts, noise, t)
         loss.backward()
-        average_gradients(dit.parameters(), args.batch_size)
+        training.average_gradients(dit.parameters())
         grad_norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(dit)
         loop.log(loss=loss, grad_norm=grad_norm)
 
     last_losses = loop.history["loss"][-50:]
-    metrics = dict(params=count_parameters(dit), loss=sum(last_losses) / len(last_losses))
-    save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(), metrics=metrics,
-         settings=settings, history=loop.history, **data.metadata)
-    finish(args, "dit", metrics, "prune.py", loop)
+    metrics = dict(params=training.count_parameters(dit), loss=sum(last_losses) / len(last_losses))
+    # `config` rebuilds the DiT; the metadata has what sampling needs beside it: vocabulary, latent
+    # shape, captions.
+    files.save(args.out, stage="dit", config=dit.config, model=ema.module.state_dict(),
+               metrics=metrics, settings=settings, history=loop.history, **latents.metadata)
+    training.finish(args, "dit", metrics, "prune.py", loop)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -17,8 +17,8 @@ parameters (in our reading 1.91 B -> 0.955 B).
 
 Our reading: the four steps; the heads of both attentions; the linear layers' channels are the FFN's
 hidden ones; first-order Taylor importance of the flow-matching loss; straight-through gradients,
-normalised, under SGD; a cubic budget schedule that ends at 70 % of the mask steps, where the masks
-come to rest; one count of heads and channels for all blocks (so that one config describes the
+normalised, under SGD; a cubic budget schedule over the first 70 % of the mask steps, after which
+the masks rest; one count of heads and channels for all blocks (so that one config describes the
 model); three losses (flow matching, the teacher's velocity, its tokens after each block) of the
 same weight.
 
@@ -26,19 +26,15 @@ same weight.
     python prune.py --run runs/x --blocks 7 --ffn 512 --heads 3    # heads alone
 """
 import copy
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (WORLD, Loop, Optimizer, add_file, add_training_flags, average_gradients,
-                    average_weights, checksum, count_parameters, fail, finish, make_parser, number,
-                    positive, progress, run_script, save, set_up, settings_of, step_generator,
-                    steps_of, stop_if_done, warmup_cosine)
-from dit import (DiT, Latents, add_dry_run, add_noise, flow_loss, load_dit, planned_config,
-                 planned_tokens, print_cost)
+from common import cli, data, files, training
+from dit import (DiT, add_dry_run, add_noise, draw_batch, flow_loss, load_dit, planned_config,
+                 print_cost)
 
 PRESETS = {
     "tiny": dict(
@@ -57,6 +53,7 @@ PRESETS = {
                    lr=5e-5, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"]
+CFG_DROPOUT = 0.1  # fraction of captions left empty: the small model is guided, too
 
 # ------------------------------------------------------------ 1. sensitivity
 
@@ -69,15 +66,15 @@ def full_masks(config):
             "cross_heads": torch.ones(depth, heads), "ffn": torch.ones(depth, config["ffn"])}
 
 
-def taylor_importance(dit, batches, batch_size):
+def taylor_importance(dit, batches):
     """|d loss / d mask|, the first-order estimate of what cutting a unit costs (Molchanov et al.,
     https://arxiv.org/abs/1906.10771), averaged over batches of (x0, prompts, noise, t)."""
     device = batches[0][0].device
     masks = {name: m.to(device).requires_grad_(True) for name, m in full_masks(dit.config).items()}
     scores = {name: torch.zeros_like(m) for name, m in masks.items()}
-    for batch in progress(batches, desc="sensitivity", leave=False, delay=1):
+    for batch in cli.progress(batches, desc="sensitivity", leave=False, delay=1):
         flow_loss(dit, *batch, masks).backward(inputs=list(masks.values()))
-        average_gradients(masks.values(), batch_size)
+        training.average_gradients(masks.values())
         for name, mask in masks.items():
             scores[name] += mask.grad.abs() / len(batches)
             mask.grad = None
@@ -98,24 +95,27 @@ def weight_magnitude(dit):
     return {name: torch.stack(rows) for name, rows in scores.items()}
 
 
-def sensitivity(dit, criterion, batches, seed=0, batch_size=1):
+def sensitivity(dit, criterion, batches, seed=0):
     """One score per unit, in the masks' shapes; higher means keep. criterion: taylor (where learned
-    masks start, too), magnitude or random. batches: a list of (x0, prompts, noise, t), of which
-    this process has a share of batch_size clips."""
+    masks start, too), magnitude or random. batches: a list of (x0, prompts, noise, t)."""
     if criterion == "magnitude":
         return weight_magnitude(dit)
     if criterion == "random":
         g = torch.Generator().manual_seed(seed)
         return {name: torch.rand(m.shape, generator=g)
                 for name, m in full_masks(dit.config).items()}
-    return taylor_importance(dit, batches, batch_size)
+    return taylor_importance(dit, batches)
 
 
 # ------------------------------------------------------------ 2. masks
 
 
 class Masks(nn.Module):
-    """Learnable binary masks: one logit per unit, of which the k largest of each row are on."""
+    """Learnable binary masks: one logit per unit, of which the k largest of each row are on.
+
+    A unit that is off may come back: its logit still gets a gradient, and where it overtakes one
+    that is on, the two change places. That goes on for the first 70 % of the mask steps, in which
+    the logits' learning rate falls to 0 (`learn_masks`)."""
 
     def __init__(self, scores, budget):
         """scores: where the logits start, standardised per row; budget: {mask: units per row that
@@ -128,16 +128,16 @@ class Masks(nn.Module):
             std = centred.square().mean(-1, keepdim=True).sqrt()
             self.logits[name] = centred / (std + 1e-12)
 
-    def forward(self, done=1.0):
-        """The masks when a share `done` of the schedule is over: k falls from all units to the
+    def forward(self, fraction=1.0):
+        """The masks when this fraction of the schedule is over: k falls from all units to the
         budget, fast at first (cubic, https://arxiv.org/abs/1710.01878). Hard {0, 1} forward;
-        backward the gradient of a sigmoid (straight-through, https://arxiv.org/abs/1308.3432), so
-        that units that are off learn too, and may come back."""
+        backward the gradient of a sigmoid (straight-through, https://arxiv.org/abs/1308.3432), for
+        units that are off, too."""
         masks = {}
         for name, logits in self.logits.items():
             units = logits.shape[-1]
             budget = self.budget[name]
-            k = round(budget + (units - budget) * (1 - done) ** 3)
+            k = round(budget + (units - budget) * (1 - fraction) ** 3)
             kept = logits.topk(k, dim=-1).indices
             hard = torch.zeros_like(logits).scatter(-1, kept, 1.0)
             soft = torch.sigmoid(logits)
@@ -184,7 +184,7 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
     """Squared error of the velocity from the flow's; with `output` in kd also from the teacher's;
     with `features` also that of the tokens after each kept block, relative to their size. While the
     student has all blocks, under masks, block i learns from block i; after the cut, block j learns
-    from the teacher's block kept_blocks[j]. batch: x0 [b, c, t, h, w], prompts [b, words], noise,
+    from the teacher's block kept_blocks[j]. batch: x0 [b, c, t, h, w], prompts [b, m], noise,
     t [b]."""
     x0, prompts, noise, t = batch
     x_t = add_noise(x0, noise, t)
@@ -213,43 +213,39 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 # ------------------------------------------------------------ the training
 
 
-def draw_batch(args, data, purpose, step):
-    """A tenth of the captions are empty, since the small model is guided, too."""
-    g = step_generator(purpose, args.seed, step)
-    return data.draw(g, args.batch_size, 0.1, args.picture_share)
-
-
-def learn_masks(args, settings, data, teacher, budget, device, precision):
+def learn_masks(args, settings, latents, teacher, budget, device, precision):
     """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
     batches = []
     for i in range(8):
-        batch = draw_batch(args, data, "sensitivity", i)
+        batch = draw_batch(latents, args, "sensitivity", i, CFG_DROPOUT)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
-        scores = sensitivity(teacher, args.criterion, batches, args.seed, args.batch_size)
+        scores = sensitivity(teacher, args.criterion, batches, args.seed)
     masks = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
-    optimizer = Optimizer(student, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(student, args.optimizer, args.lr, precision)
     mask_lr = args.mask_lr if args.criterion == "learned" else 0.0
     mask_optimizer = torch.optim.SGD(masks.parameters(), lr=mask_lr, momentum=0.9)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
-    draw = partial(draw_batch, args, data, "masks")
-    loop = Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
-                masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
+    def draw(step):
+        return draw_batch(latents, args, "masks", step, CFG_DROPOUT)
+
+    loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
+                         masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
-        # Masks come to rest when the budget is reached, at 70 % of the steps: after that the
-        # weights' rate is too low for a unit that comes back.
-        done = min(1, step / (0.7 * args.mask_steps))
-        mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - done)
-        optimizer.set_lr(warmup_cosine(step, args.mask_steps))
+        # Masks rest once the budget is reached: after that the weights' learning rate is too low
+        # for a unit that comes back.
+        fraction = min(1, step / (0.7 * args.mask_steps))
+        mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - fraction)
+        optimizer.set_lr(training.warmup_cosine(step, args.mask_steps))
         student.zero_grad()
         masks.zero_grad()
         with precision():
-            loss = loss_fn(student, teacher, batch, args.kd, masks(done))
+            loss = loss_fn(student, teacher, batch, args.kd, masks(fraction))
         loss.backward()
-        average_gradients([*student.parameters(), *masks.parameters()], args.batch_size)
+        training.average_gradients([*student.parameters(), *masks.parameters()])
         grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         masks.normalize_gradients()
@@ -258,12 +254,41 @@ def learn_masks(args, settings, data, teacher, budget, device, precision):
     return student, scores, masks, loop
 
 
+def recover(args, settings, latents, teacher, dense, kept_blocks, device, precision):
+    """Step 4. -> the average of the dense model's weights, and the loop."""
+    dense.gradient_checkpointing = args.gradient_checkpointing
+    ema = training.average_weights(dense, args)
+    optimizer = training.Optimizer(dense, args.optimizer, args.lr, precision)
+    loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
+
+    def draw(step):
+        return draw_batch(latents, args, "prune", step, CFG_DROPOUT)
+
+    loop = training.Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
+                         optimizer=optimizer)
+    for step, batch in loop:
+        optimizer.set_lr(training.warmup_cosine(step, args.steps))
+        dense.zero_grad()
+        with precision():
+            loss = loss_fn(dense, teacher, batch, args.kd, None, kept_blocks)
+        loss.backward()
+        training.average_gradients(dense.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(dense.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(dense)
+        loop.log(loss=loss, grad_norm=grad_norm)
+    return ema.module, loop
+
+
 @torch.no_grad()
-def largest_difference(dense, student, masks, data):
+def largest_difference(dense, student, masks, latents):
     """Between the velocities of the dense model and of its masked parent, on one batch."""
     device = masks["ffn"].device
-    batch = data.draw(step_generator("difference"), batch_size=8 * WORLD)
-    x_t, prompts, _, t = [x.to(device) for x in batch]  # any x_t will do: x0
+    g = torch.Generator().manual_seed(0)
+    x_t, prompts = latents.draw(g, 8, 0.0, is_pictures=False)  # any x_t will do: x0
+    x_t = x_t.to(device)
+    prompts = prompts.to(device)
+    t = torch.rand(8, generator=g).to(device)
     masked = student(x_t, t, student.text_encoder(prompts), masks)
     return (dense(x_t, t, dense.text_encoder(prompts)) - masked).abs().max().item()
 
@@ -273,36 +298,10 @@ def kept_sizes(args, config):
     sizes = dict(depth=args.blocks, heads=args.heads, ffn=args.ffn)
     for flag, (key, n) in zip(("--blocks", "--heads", "--ffn"), sizes.items()):
         if n > config[key]:
-            fail(f"{flag} {n}: the teacher has {config[key]}")
+            cli.exit_with_error(f"{flag} {n}: the teacher has {config[key]}")
     if all(n == config[key] for key, n in sizes.items()):
-        fail(f"nothing to cut, the teacher has as many: {sizes}")
+        cli.exit_with_error(f"nothing to cut, the teacher has as many: {sizes}")
     return sizes
-
-
-def parse_arguments(argv):
-    p = make_parser(__doc__, PRESETS, argv)
-    p.add_argument("--blocks", type=positive, help="blocks to keep")
-    p.add_argument("--heads", type=positive, help="heads to keep in each attention of each block")
-    p.add_argument("--ffn", type=positive, help="FFN channels to keep in each block")
-    p.add_argument("--criterion", default="learned",
-                   choices=["learned", "taylor", "magnitude", "random"],
-                   help="which units stay: learned masks, or the largest Taylor importance, "
-                        "magnitude, or random score")
-    p.add_argument("--kd", nargs="*", choices=["output", "features"],
-                   default=["output", "features"],
-                   help="what the teacher teaches: its velocity, its tokens after each block; "
-                        "with nothing after --kd: no teacher")
-    p.add_argument("--mask-steps", type=steps_of(p.get_default("mask_steps")),
-                   help="steps of learning masks, before --steps")
-    p.add_argument("--mask-lr", type=number(0), default=0.002,
-                   help="learning rate of the mask logits, down to 0 as the budget is reached")
-    add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
-    add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
-    add_file(p, "--masks", "masks.pt", "the masks, written")
-    add_file(p, "--out", "pruned.pt", "the pruned DiT")
-    add_training_flags(p)
-    add_dry_run(p)
-    return p.parse_args(argv)
 
 
 def planned_pruned(preset):
@@ -315,10 +314,36 @@ def planned_pruned(preset):
 def print_costs(args):
     """--dry-run: prints what teacher and pruned model cost."""
     config = planned_config(args.preset)
-    n = planned_tokens(args)
-    params = print_cost("teacher", config, n)
-    pruned_params = print_cost("pruned", config | kept_sizes(args, config), n)
+    params = print_cost("teacher", config, args)
+    pruned_params = print_cost("pruned", config | kept_sizes(args, config), args)
     print(f"  pruned to {pruned_params / params:.1%} of the parameters")
+
+
+def parse_arguments(argv):
+    p = cli.make_parser(__doc__, PRESETS, argv)
+    p.add_argument("--blocks", type=cli.positive, help="blocks to keep")
+    p.add_argument("--heads", type=cli.positive,
+                   help="heads to keep in each attention of each block")
+    p.add_argument("--ffn", type=cli.positive, help="FFN channels to keep in each block")
+    p.add_argument("--criterion", default="learned",
+                   choices=["learned", "taylor", "magnitude", "random"],
+                   help="which units stay: learned masks, or the largest Taylor importance, "
+                        "magnitude, or random score")
+    p.add_argument("--kd", nargs="*", choices=["output", "features"],
+                   default=["output", "features"],
+                   help="distillation targets: the teacher's velocity (output), its tokens after "
+                        "each block (features); with nothing after --kd: no teacher")
+    p.add_argument("--mask-steps", type=cli.steps_of(p.get_default("mask_steps")),
+                   help="steps of learning masks, before --steps")
+    p.add_argument("--mask-lr", type=cli.number(0), default=0.002,
+                   help="learning rate of the mask logits, down to 0 as the budget is reached")
+    cli.add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
+    cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
+    cli.add_file(p, "--masks", "masks.pt", "the masks, written")
+    cli.add_file(p, "--out", "pruned.pt", "the pruned DiT")
+    cli.add_training_flags(p)
+    add_dry_run(p)
+    return p.parse_args(argv)
 
 
 def main(argv=None):
@@ -326,59 +351,43 @@ def main(argv=None):
     if args.dry_run is not None:
         print_costs(args)
         return
-    device, precision = set_up(args)
-    data = Latents(args.latents)
-    teacher, _ = load_dit(args.dit, device, "dit", data=data)
+    device, precision = training.set_up(args)
+    latents = data.Latents(args.latents)
+    teacher, _ = load_dit(args.dit, device, "dit", latents=latents)
     sizes = kept_sizes(args, teacher.config)
-    settings = settings_of(args) | dict(latents_checksum=data.checksum,
-                                        teacher_checksum=checksum(teacher.parameters()))
-    stop_if_done([args.out, args.masks], settings, "prune", "distill.py")
+    settings = cli.settings_of(args) | dict(
+        latents_checksum=latents.checksum, teacher_checksum=files.checksum(teacher.parameters()))
+    training.stop_if_done([args.out, args.masks], settings, "prune", "distill.py")
 
     # 1. sensitivity, 2. masks
     budget = dict(blocks=sizes["depth"], self_heads=sizes["heads"], cross_heads=sizes["heads"],
                   ffn=sizes["ffn"])
-    student, scores, mask_module, mask_loop = learn_masks(args, settings, data, teacher, budget,
-                                                          device, precision)
+    student, scores, mask_module, mask_loop = learn_masks(
+        args, settings, latents, teacher, budget, device, precision)
 
     # 3. cut
     masks = {name: m.detach().round() for name, m in mask_module().items()}
     kept_blocks = masks["blocks"].nonzero().flatten().tolist()
     dense = cut(student, masks)
-    dense.gradient_checkpointing = args.gradient_checkpointing
-    difference = largest_difference(dense, student, masks, data)
+    difference = largest_difference(dense, student, masks, latents)
     mask_loop.state.clear()  # memory, as large as all that follows
     del student
 
     # 4. recovery
-    ema = average_weights(dense, args)
-    optimizer = Optimizer(dense, args.optimizer, args.lr, precision)
-    loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
-    draw = partial(draw_batch, args, data, "prune")
-    loop = Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
-                optimizer=optimizer)
-    for step, batch in loop:
-        optimizer.set_lr(warmup_cosine(step, args.steps))
-        dense.zero_grad()
-        with precision():
-            loss = loss_fn(dense, teacher, batch, args.kd, None, kept_blocks)
-        loss.backward()
-        average_gradients(dense.parameters(), args.batch_size)
-        grad_norm = nn.utils.clip_grad_norm_(dense.parameters(), 1.0)
-        optimizer.step()
-        ema.update_parameters(dense)
-        loop.log(loss=loss, grad_norm=grad_norm)
+    pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, device, precision)
 
-    params = count_parameters(dense)
-    metrics = dict(params=params, params_ratio=params / count_parameters(teacher),
+    params = training.count_parameters(dense)
+    metrics = dict(params=params, params_ratio=params / training.count_parameters(teacher),
                    blocks=dense.config["depth"], heads=dense.config["heads"],
                    ffn=dense.config["ffn"], dense_vs_masked_max_abs=difference)
-    save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=masks,
-         scores=scores, metrics=metrics)
+    files.save(args.masks, stage="masks", config=teacher.config, settings=settings, masks=masks,
+               scores=scores, metrics=metrics)
     history = {"masks_loss": mask_loop.history["loss"], "loss": loop.history["loss"]}
-    save(args.out, stage="pruned", config=dense.config, model=ema.module.state_dict(),
-         metrics=metrics, settings=settings, history=history, **data.metadata)
-    finish(args, "prune", metrics, "distill.py", mask_loop, loop)
+    # `config` rebuilds the pruned DiT: the same class with fewer blocks, heads and channels.
+    files.save(args.out, stage="pruned", config=dense.config, model=pruned.state_dict(),
+               metrics=metrics, settings=settings, history=history, **latents.metadata)
+    training.finish(args, "prune", metrics, "distill.py", mask_loop, loop)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -21,7 +21,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import vae  # noqa: E402
+from common import data  # noqa: E402
 
 SIZE = (17, 128, 128)  # preset toy
 SPAN = 33  # of a window, with every second frame
@@ -48,7 +48,7 @@ def write_film(path, frames):
 def store(folder, clips, run):
     shutil.rmtree(run, ignore_errors=True)
     settings = dict(data=str(folder), size=SIZE, clips=clips, stride=2, picture_share=0)
-    vae.store_windows(settings, run / "windows.pt")
+    data.store_windows(settings, run / "windows.pt")
 
 
 def pyav_alone(path, wanted=()):
@@ -67,7 +67,7 @@ def pyav_alone(path, wanted=()):
 def wanted_frames(paths, clips):
     """-> paths, and of each the frames of its windows."""
     frames = np.full(len(paths), FRAMES)
-    train, test = vae.choose_windows([path.parent.name for path in paths], frames, SPAN, clips)
+    train, test = data.choose_windows([path.parent.name for path in paths], frames, SPAN, clips)
     wanted = {}
     for clip, first in np.concatenate([train, test]):
         wanted.setdefault(paths[clip], set()).update(range(first, first + SPAN, 2))
@@ -93,10 +93,10 @@ def main():
         path = work / "clips" / f"Class{i % 100:02}" / f"{i:05}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(work / "clip.mp4", path)
-    items = wanted_frames(vae.files_below(work / "clips"), args.files)
+    items = wanted_frames(data.files_below(work / "clips"), args.files)
     rates = {}
     for threads in 1, 2:
-        vae.os.cpu_count = lambda threads=threads: threads
+        data.os.cpu_count = lambda threads=threads: threads
         ours = []
         alone = []
         for _ in range(args.rounds):

@@ -17,12 +17,13 @@ import distill  # noqa: E402
 import dit  # noqa: E402
 import prune  # noqa: E402
 import vae  # noqa: E402
+from common import data  # noqa: E402
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
 # A shell starts what runs in the background deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-vae.TEST_CLIPS = 96  # every combination once, in place of 512 clips: seconds per run of vae.py
+data.TEST_CLIPS = 96  # every combination once, in place of 512 clips: seconds per run of vae.py
 
 MICRO = {  # stage -> (its main, flags that make it tiny)
     "vae": (vae.main, "--size 5x16x16 --width 16 --latent-channels 8 --clips 96 --steps 6 "

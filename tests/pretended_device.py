@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import common  # noqa: E402
 import sample  # noqa: E402
+from common import training  # noqa: E402
 from conftest import MICRO  # noqa: E402
 
 WAITS = collections.Counter()  # how often the host waited for the device
@@ -124,13 +124,13 @@ def main():
     torch.save = lambda x, file: torch_save(  # a wrapper cannot be pickled, what it holds can
         tree_map(lambda y: y.inner.clone() if isinstance(y, OnDevice) else y, x), file)
     waits = []  # (stage, waits so far) of every training step
-    log = common.Loop.log
+    log = training.Loop.log
 
     def log_and_count(self, **values):
         waits.append((self.stage, sum(WAITS.values())))
         log(self, **values)
 
-    common.Loop.log = log_and_count
+    training.Loop.log = log_and_count
     where = ["--run", sys.argv[1], "--device", "gpu:0", "--dtype", "float32"]
     with Factories():
         for stage_main, flags in MICRO.values():

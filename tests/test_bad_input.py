@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO, train
+from common import cli
 
-import common
 
 COMMANDS = {  # name -> its script, flags with which it works, files that it reads and that it makes
     "vae": ("vae", MICRO["vae"][1], "", "vae latents"),
@@ -49,7 +49,7 @@ def refused(run, capsys):
         before = files()
         main = importlib.import_module(script).main
         with pytest.raises(SystemExit) as stop:
-            common.run_script(lambda: main([*flags.split(), "--run", "run", *more]))
+            cli.run_script(lambda: main([*flags.split(), "--run", "run", *more]))
         told = capsys.readouterr().err
         bars = re.compile(r"[^\r\n]*it/s[^\r\n\]]*\]|\x1b\[A")
         lines = [line.strip() for line in bars.sub("", told).splitlines()]

@@ -10,35 +10,38 @@ import pytest
 import torch
 from torch import nn
 
-import common
+from common import cli, files, training
 
 ROOT = Path(__file__).parent.parent
-PIPELINE = ["common", "vae", "dit", "prune", "distill", "sample", "export_coreml"]
+PIPELINE = ["common.cli", "common.files", "common.training", "common.data", "common.report",
+            "common.coreml_evaluator", "vae", "dit", "prune", "distill", "sample", "export_coreml"]
 
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_imports_point_upstream_only(name):
     upstream = PIPELINE[:PIPELINE.index(name)]
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    path = ROOT / f"{name.replace('.', '/')}.py"
     imported = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module == "common":
+            imported |= {f"common.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     assert imported & set(PIPELINE) <= set(upstream)
 
 
 def test_the_learning_rate_goes_up_then_down_to_zero():
     steps = 400
-    shares = [common.warmup_cosine(step, steps) for step in range(steps + 1)]
+    shares = [training.warmup_cosine(step, steps) for step in range(steps + 1)]
     peak = shares.index(max(shares))
     assert 20 <= peak <= 40 and 0.95 < shares[peak] <= 1
     assert 0 < shares[0] < 0.1
     assert shares[:peak + 1] == sorted(shares[:peak + 1])
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
     assert shares[-1] == pytest.approx(0, abs=1e-12)
-    assert common.warmup_cosine(0, 1) == 1  # a run of one step learns
+    assert training.warmup_cosine(0, 1) == 1  # a run of one step learns
 
 
 def test_the_average_weights_forget_the_first_two_thirds_of_a_short_run():
@@ -47,7 +50,7 @@ def test_the_average_weights_forget_the_first_two_thirds_of_a_short_run():
     for steps in (30, 10_000):
         args = SimpleNamespace(ema=0.999, steps=steps)
         torch.nn.init.zeros_(model.weight)
-        ema = common.average_weights(model, args)
+        ema = training.average_weights(model, args)
         ema.update_parameters(model)
         torch.nn.init.ones_(model.weight)
         for _ in range(30):
@@ -58,7 +61,7 @@ def test_the_average_weights_forget_the_first_two_thirds_of_a_short_run():
 
 
 def test_steps_below_one_are_a_share_of_the_presets():
-    parse = common.steps_of(900)
+    parse = cli.steps_of(900)
     assert [parse(text) for text in ("0.1", "0.0001", "1", "2000")] == [90, 1, 1, 2000]
 
 
@@ -66,7 +69,7 @@ def test_muon_makes_every_direction_of_a_matrix_count_the_same():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(16, 40))
     weight.grad = torch.randn(16, 40) * torch.logspace(0, -2, 16)[:, None]
-    common.Muon([weight], lr=1.0).step()
+    training.Muon([weight], lr=1.0).step()
     singular = torch.linalg.svdvals(weight)
     assert singular.min() > 0.5 and singular.max() < 1.3
     assert (weight * weight.grad).sum() < 0  # and it goes downhill
@@ -79,7 +82,7 @@ def test_muon_blows_up_no_direction_in_half_precision():
     weight = nn.Parameter(torch.zeros(32, 64))
     weight.grad = torch.randn(32, 3) @ torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        common.Muon([weight], lr=1.0).step()
+        training.Muon([weight], lr=1.0).step()
     singular = torch.linalg.svdvals(weight)
     assert singular[:3].min() > 0.5 and singular.max() < 1.3
 
@@ -93,9 +96,9 @@ def test_muon_steps_matrices_of_one_shape_as_it_would_each_alone(shape):
     for weights in together, alone:
         for weight, gradient in zip(weights, gradients):
             weight.grad = gradient.clone()
-    common.Muon(together, lr=0.1).step()
+    training.Muon(together, lr=0.1).step()
     for weight in alone:
-        common.Muon([weight], lr=0.1).step()
+        training.Muon([weight], lr=0.1).step()
     for one, other in zip(together, alone):
         torch.testing.assert_close(one, other)
 
@@ -103,53 +106,54 @@ def test_muon_steps_matrices_of_one_shape_as_it_would_each_alone(shape):
 def test_muon_takes_the_matrices_adamw_the_rest_and_frozen_parameters_rest():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].requires_grad_(False)
-    muon, adamw = common.Optimizer(model, "muon", 0.02).parts
+    muon, adamw = training.Optimizer(model, "muon", 0.02).parts
     assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model[1].weight)]
     taken = {id(p) for p in adamw.param_groups[0]["params"]}
     assert taken == {id(model[0].weight), id(model[1].bias)}
-    paper, = common.Optimizer(model, "adamw", 0.02).parts
+    paper, = training.Optimizer(model, "adamw", 0.02).parts
     assert isinstance(paper, torch.optim.AdamW) and len(paper.param_groups[0]["params"]) == 3
 
 
 def test_a_steps_random_numbers_are_its_own_and_always_the_same():
     def draw(*key):
-        return torch.rand(4, generator=common.step_generator(*key))
+        return torch.rand(4, generator=training.step_generator(*key))
 
     assert torch.equal(draw("dit", 0, 7), draw("dit", 0, 7))
     for other in ("vae", 0, 7), ("dit", 1, 7), ("dit", 0, 8):
         assert not torch.equal(draw("dit", 0, 7), draw(*other))
 
 
-def test_the_weighted_means_of_the_processes_shares_sum_to_the_batchs_mean(monkeypatch):
-    batch = torch.arange(10.0)
-    sums = []
-    monkeypatch.setattr(common, "WORLD", 3)
-    monkeypatch.setattr(common.dist, "all_reduce", sums.append)
-    for rank in range(3):
-        monkeypatch.setattr(common, "RANK", rank)
-        common.average([batch[rank::3].mean()], batch_size=10)
-    assert sum(sums) == pytest.approx(batch.mean().item())
+def test_each_process_draws_for_itself_but_all_agree_on_pictures(monkeypatch):
+    drawn = []
+    agreed = []
+    for rank in range(2):
+        monkeypatch.setattr(cli, "RANK", rank)
+        drawn.append(torch.rand(4, generator=training.step_generator("dit", 0, 7)))
+        agreed.append([training.is_picture_step(0.3, "dit", 0, step) for step in range(400)])
+    assert not torch.equal(*drawn)
+    assert agreed[0] == agreed[1]
+    assert sum(agreed[0]) / 400 == pytest.approx(0.3, abs=0.07)
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(common, "WORLD", 3)
-    args = SimpleNamespace(batch_size=2, out=tmp_path / "dit.pt")
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "WORLD_SIZE", 3)
+    assert training.local_batch_size(SimpleNamespace(batch_size=6)) == 2
     with pytest.raises(SystemExit) as stop:
-        common.Loop("dit", args, {}, 6, torch.device("cpu"), None)
+        training.local_batch_size(SimpleNamespace(batch_size=8))
     assert stop.value.code == 2
-    assert "3 processes need at least a clip each" in capsys.readouterr().err
+    assert "3 processes need a multiple" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limits")
 def test_latents_larger_than_memory_can_be_opened(tmp_path):
-    common.save(tmp_path / "latents.pt", stage="latents", settings={},
+    files.save(tmp_path / "latents.pt", stage="latents", settings={},
                 latents=torch.zeros(50_000_000, dtype=torch.float16))  # 100 MB
     code = """if True:
         import re, resource, sys
-        import common
+        from common import cli, files, training
         used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + 50_000_000,) * 2)
-        print(len(common.load(sys.argv[1], "latents")["latents"]))"""
+        print(len(files.load(sys.argv[1], "latents")["latents"]))"""
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "latents.pt"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.stdout == "50000000\n", done.stderr

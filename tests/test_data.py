@@ -19,9 +19,7 @@ import torch
 from conftest import train
 from PIL import Image
 
-import dit
-import vae
-from common import step_generator
+from common import data, training
 
 
 def film(frames=40, suffix=".mp4", codec="libx264", rotation=0, uneven=False, **options):
@@ -48,9 +46,15 @@ def film(frames=40, suffix=".mp4", codec="libx264", rotation=0, uneven=False, **
     return file.getvalue()
 
 
-def frame_numbers(data, part):
-    """Which frames the windows show, [n, t], modulo 256."""
-    pixels = data.pixels[data.kept][part].float().mean(2)  # [n, t, h, w]
+def captions_of(clips, *splits):
+    """Of the records of these splits; of all, if none is named."""
+    return [record.caption for record in clips.records if not splits or record.split in splits]
+
+
+def frame_numbers(clips, *splits):
+    """Which frames the windows of these splits show, [n, t], modulo 256."""
+    rows = [record.row for record in clips.records if not splits or record.split in splits]
+    pixels = clips.pixels[rows].float().mean(2)  # [n, t, h, w]
     left = pixels[..., 4:12, 2:6].mean((-1, -2))
     right = pixels[..., 4:12, 10:14].mean((-1, -2))
     return ((left / 16).round() * 16 + (right / 16).round()).int()
@@ -86,11 +90,11 @@ def write(folder, name="a.mp4", data=FILM, caption=b"a clip", embedding=None):
 
 def settings_for(folder, clips=1000):
     return dict(data=str(folder), size=(5, 16, 16), clips=clips, stride=2, picture_share=0.5,
-                folder=vae.describe_folder(str(folder), Path("nowhere")))
+                folder=data.describe_folder(str(folder), Path("nowhere")))
 
 
 def read(folder, clips=1000):
-    return vae.open_data(settings_for(folder, clips), Path(f"{folder} run", "windows.pt"))
+    return data.open_clips(settings_for(folder, clips), Path(f"{folder} run", "windows.pt"))
 
 
 def refused(folder, capsys):
@@ -105,12 +109,12 @@ def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, ca
     write(tmp_path, "one.mp4", embedding=EMBEDDING)
     write(tmp_path, "two words.mkv", film(suffix=".mkv"), b"another\nclip", EMBEDDING * 2)
     write(tmp_path, "text.mp4", b"not a video", b"a text")
-    data = read(tmp_path)
-    assert {data.captions[i] for i in data.train} == {"a clip", "another clip"}
-    assert data.clip([0, 1]).shape == (2, 3, 5, 16, 16)
-    assert data.clip([0]).abs().max() <= 1
+    clips = read(tmp_path)
+    assert set(captions_of(clips, "train")) == {"a clip", "another clip"}
+    assert clips.clip([0, 1]).shape == (2, 3, 5, 16, 16)
+    assert clips.clip([0]).abs().max() <= 1
     by_caption = [EMBEDDING.tolist(), (EMBEDDING * 2).tolist()]
-    assert data.embeddings[:2].tolist() == by_caption
+    assert clips.embeddings[:2].tolist() == by_caption
     assert capsys.readouterr().err.count("skipped") == 1
 
 
@@ -118,9 +122,9 @@ def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, ca
     dict(frames=40), dict(frames=250, g="12"), dict(frames=250, uneven=True)], ids=str)
 def test_with_few_clips_the_last_tenth_of_each_is_tested_on_and_never_trained_on(tmp_path, options):
     write(tmp_path, data=film(**options))
-    data = read(tmp_path)
-    train = frame_numbers(data, slice(data.train.stop))
-    test = frame_numbers(data, slice(data.train.stop, None))
+    clips = read(tmp_path)
+    train = frame_numbers(clips, "train")
+    test = frame_numbers(clips, "test")
     assert len(test) and train.max() < test.min()
     assert test.min() == options["frames"] - max(9, options["frames"] // 10)
 
@@ -139,8 +143,8 @@ FILMS = {
 @pytest.mark.parametrize("kind", FILMS)
 def test_a_window_is_every_second_frame_from_its_first_on(tmp_path, kind):
     write(tmp_path, data=film(900, **FILMS[kind]), name="a" + FILMS[kind].get("suffix", ".mp4"))
-    data = read(tmp_path, clips=3)
-    numbers = frame_numbers(data, slice(None))
+    clips = read(tmp_path, clips=3)
+    numbers = frame_numbers(clips)
     steps = (numbers - numbers[:, :1]) % 256
     assert steps.tolist() == [[0, 2, 4, 6, 8]] * len(numbers)
     starts = (numbers[:3, 0] - torch.linspace(0, 801, 3)) % 256
@@ -180,8 +184,8 @@ def decoded(monkeypatch):
 
 def test_of_a_long_film_only_the_wanted_frames_are_decoded(tmp_path, decoded):
     write(tmp_path, data=film(9000, g="50"))
-    data = read(tmp_path, clips=20)
-    assert len(data.kept) == 22
+    clips = read(tmp_path, clips=20)
+    assert len(clips.records) == 22
     assert len(decoded) <= 22 * 9 + 2 * 50  # of the last two one cannot begin at a keyframe
 
 
@@ -190,12 +194,12 @@ def test_what_has_been_read_is_not_read_again_even_if_the_folder_is_emptied(tmp_
     clips.mkdir()
     write(clips)
     settings = settings_for(clips)
-    first = vae.open_data(settings, tmp_path / "windows.pt")
+    first = data.open_clips(settings, tmp_path / "windows.pt")
     del decoded[:]
     (clips / "a.mp4").unlink()
-    again = vae.open_data(settings, tmp_path / "windows.pt")
+    again = data.open_clips(settings, tmp_path / "windows.pt")
     assert not decoded
-    assert torch.equal(first.clip([0, 5]), again.clip([0, 5])) and first.captions == again.captions
+    assert torch.equal(first.clip([0, 5]), again.clip([0, 5])) and first.records == again.records
 
 
 def write_many(folder, n, data=FILM, caption="clip {}"):
@@ -204,17 +208,19 @@ def write_many(folder, n, data=FILM, caption="clip {}"):
 
 
 KILLED = """
-import os, signal, sys, vae
-read_clip = vae.read_clip
+import os, signal, sys
+from pathlib import Path
+from common import data
+read_clip = data.read_clip
 calls = []
 def fatal(*arguments):
     calls.append(arguments)
     if len(calls) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
     return read_clip(*arguments)
-vae.read_clip = fatal
-vae.os.cpu_count = lambda: 1
-vae.open_data(eval(sys.argv[1]), vae.Path(sys.argv[2]))
+data.read_clip = fatal
+data.os.cpu_count = lambda: 1
+data.open_clips(eval(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -225,12 +231,12 @@ def test_killed_while_it_reads_it_goes_on_where_it_was(tmp_path, decoded):
     settings = settings_for(clips)
     killed = tmp_path / "killed" / "windows.pt"
     command = [sys.executable, "-c", KILLED, repr(settings), killed]
-    process = subprocess.run(command, cwd=Path(vae.__file__).parent, capture_output=True)
+    process = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
     assert process.returncode == -signal.SIGKILL
     assert list(killed.parent.glob("windows-*.bin")) and not killed.exists()
-    vae.open_data(settings, killed)
+    data.open_clips(settings, killed)
     assert len(decoded) == 8 * 40
-    vae.open_data(settings, tmp_path / "windows.pt")
+    data.open_clips(settings, tmp_path / "windows.pt")
     stores = [next(folder.glob("windows-*.bin")) for folder in (killed.parent, tmp_path)]
     assert stores[0].read_bytes() == stores[1].read_bytes()
 
@@ -240,10 +246,10 @@ def test_what_was_half_read_with_other_settings_is_read_anew(tmp_path):
     clips.mkdir()
     write_many(clips, 3)
     settings = settings_for(clips)
-    vae.open_data(settings, tmp_path / "windows.pt")
+    data.open_clips(settings, tmp_path / "windows.pt")
     (tmp_path / "windows.pt").unlink()  # as if it had been killed
-    data = vae.open_data(settings | dict(stride=1), tmp_path / "windows.pt")
-    numbers = frame_numbers(data, slice(None))
+    clips = data.open_clips(settings | dict(stride=1), tmp_path / "windows.pt")
+    numbers = frame_numbers(clips)
     assert (numbers - numbers[:, :1]).tolist() == [[0, 1, 2, 3, 4]] * len(numbers)
     assert len(list(tmp_path.glob("windows-*.bin"))) == 1
 
@@ -253,15 +259,15 @@ def test_twenty_files_of_which_few_can_be_used_are_few_clips(tmp_path):
     write_many(tmp_path, 3, caption="clip")
     for i in range(10):
         write(tmp_path, f"bad{i}.mp4", b"no film")
-    data = read(tmp_path)
-    assert len(data.train) and len(data.test)
+    clips = read(tmp_path)
+    assert captions_of(clips, "train") and captions_of(clips, "test")
 
 
 @pytest.mark.parametrize("n", [3, 60])
 def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
     captions = np.array(["a cat", "a dog"] * n, object)[:n]
     frames = np.arange(n) + 40
-    train, test = vae.choose_windows(captions, frames, span=9, most=100_000)
+    train, test = data.choose_windows(captions, frames, span=9, most=100_000)
     assert len(test) and (test[:, 1] + 9 <= frames[test[:, 0]]).all()
     if n >= 20:
         assert len(set(test[:, 0])) == n // 20 and not set(test[:, 0]) & set(train[:, 0])
@@ -273,14 +279,14 @@ def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
 
 def test_where_every_clip_has_a_caption_of_its_own_none_is_held_out_whole():
     captions = [str(i) for i in range(25)]
-    train, test = vae.choose_windows(captions, np.full(25, 40), 9, 1000)
+    train, test = data.choose_windows(captions, np.full(25, 40), 9, 1000)
     assert set(train[:, 0]) == set(test[:, 0]) == set(range(25))
     assert (train[:, 1].max(), test[:, 1].min()) == (22, 31)  # 9 frames from 22 on end before 31
 
 
 def test_where_clips_thins_away_a_caption_its_test_windows_go_too():
     captions = np.array([f"clip {i}" for i in range(5)], object)
-    train, test = vae.choose_windows(captions, np.full(5, 300), 9, 3)
+    train, test = data.choose_windows(captions, np.full(5, 300), 9, 3)
     assert len(train) == 3 and len(test) <= 1
     assert {*test[:, 0]} <= {*train[:, 0]}
 
@@ -310,8 +316,8 @@ def test_metadata_names_clips_and_their_captions(tmp_path, capsys, table):
     write(folder, "four.mp4", caption=None)  # in no row
     write(folder, "five.mp4", caption=None)  # in one without a text
     (folder / table).write_text(TABLES[table], encoding="utf-8")
-    data = read(tmp_path / "clips")
-    assert set(data.captions) == {"a first clip", 'a "second", clip'}
+    clips = read(tmp_path / "clips")
+    assert set(captions_of(clips)) == {"a first clip", 'a "second", clip'}
     told, skipped = capsys.readouterr()
     assert "metadata: 2 clips and 0 pictures with 2 captions" in told
     for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4", "five.mp4":
@@ -336,8 +342,8 @@ def test_class_folders_give_their_names_as_captions(tmp_path, capsys):
         write(tmp_path, f"{name}/a.mp4", caption=None)
     write(tmp_path, "alone.mp4", caption=None)
     (tmp_path / "readme.txt").write_text("no clip has this name")
-    data = read(tmp_path)
-    assert set(data.captions) == {"apply eye makeup", "brush hair", "yo yo"}
+    clips = read(tmp_path)
+    assert set(captions_of(clips)) == {"apply eye makeup", "brush hair", "yo yo"}
     told, skipped = capsys.readouterr()
     assert "class folders: 3 clips and 0 pictures with 3 captions" in told and "1 skipped" in told
     assert "alone.mp4" in skipped
@@ -348,7 +354,7 @@ def test_text_files_count_in_every_folder_and_before_class_folders(tmp_path):
     write(tmp_path, "Cats/a.mp4", caption=b"a  cat\n")
     write(tmp_path, "Cats/more/b.MP4", caption=b"another cat")
     write(tmp_path, "Cats/c.mp4", caption=None)
-    assert set(read(tmp_path).captions) == {"a cat", "another cat"}
+    assert set(captions_of(read(tmp_path))) == {"a cat", "another cat"}
 
 
 def test_of_many_that_cannot_be_used_ten_are_named_and_all_counted(tmp_path, capsys):
@@ -363,8 +369,8 @@ def test_of_many_that_cannot_be_used_ten_are_named_and_all_counted(tmp_path, cap
 @pytest.mark.parametrize("rotation", [0, 90, 180, -90])
 def test_a_film_is_read_upright_as_a_player_shows_it(tmp_path, rotation):
     write(tmp_path, data=film(rotation=rotation))
-    data = read(tmp_path)
-    pixels = data.pixels[data.kept[-1], 1].float().mean(0)  # frame 33: 32 left, 16 right
+    clips = read(tmp_path)
+    pixels = clips.pixels[clips.records[-1].row, 1].float().mean(0)  # frame 33: 32 left, 16 right
     lying = np.rot90(pixels, -rotation // 90)
     assert abs(lying[:, :4].mean() - 32) < 4 and abs(lying[:, -4:].mean() - 16) < 4
 
@@ -375,26 +381,26 @@ def test_hundreds_of_clips_need_few_open_files(tmp_path, capsys):
     in_use = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 100
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 40, before[1]))
     try:
-        data = read(tmp_path, clips=3000)
+        clips = read(tmp_path, clips=3000)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert len(data.train) == 3000 and " 0 skipped" in capsys.readouterr().out
+    assert len(captions_of(clips, "train")) == 3000 and " 0 skipped" in capsys.readouterr().out
 
 
 def test_a_clip_shorter_than_it_says_loses_the_windows_that_it_has_not(tmp_path, capsys,
                                                                        monkeypatch):
     write_many(tmp_path, 4, caption="a clip")
     write(tmp_path, "z.mp4", film(100)[:-200], b"a clip")
-    look_at = vae.look_at
+    look_at = data.look_at
 
     def believing(path, *more):
         clip = look_at(path, *more)
         return clip._replace(frames=clip.frames + 20 * (path.name == "z.mp4"))
 
-    monkeypatch.setattr(vae, "look_at", believing)
-    data = read(tmp_path)
+    monkeypatch.setattr(data, "look_at", believing)
+    clips = read(tmp_path)
     assert "z.mp4: " in capsys.readouterr().err
-    numbers = frame_numbers(data, slice(None))
+    numbers = frame_numbers(clips)
     assert ((numbers - numbers[:, :1]) == torch.arange(0, 10, 2)).all()
 
 
@@ -458,15 +464,15 @@ def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsy
     lying = PICTURE.transpose(Image.Transpose.ROTATE_270)
     write(tmp_path, name, b"", b"red above")
     lying.save(tmp_path / name, exif=TURNED, quality=95)
-    data = read(tmp_path)
+    clips = read(tmp_path)
     assert "damaged.jpg: " in capsys.readouterr().err
-    without = vae.open_data(settings_for(tmp_path) | dict(picture_share=0.0),
+    without = data.open_clips(settings_for(tmp_path) | dict(picture_share=0.0),
                             Path(f"{tmp_path} without", "windows.pt"))
-    assert not without.pictures and set(without.captions) == {"a film"}
-    assert len(data.train) and len(data.test)
-    assert [data.captions[i] for i in data.pictures] == ["red above"]
-    assert {data.captions[i] for i in [*data.train, *data.test]} == {"a film"}
-    clip = data.clip(data.pictures)[0]  # [3, t, h, w]
+    assert set(captions_of(without)) == {"a film"}
+    assert captions_of(clips, "picture") == ["red above"]
+    assert set(captions_of(clips, "train")) == set(captions_of(clips, "test")) == {"a film"}
+    picture = data.indices_of(clips.records, "picture")
+    clip = clips.clip(picture)[0]  # [3, t, h, w]
     assert (clip == clip[:, :1]).all()  # it stands still
     red, _, blue = clip[:, 0]
     assert red[:6].min() > 0.8 > -0.8 > red[10:].max()
@@ -481,8 +487,8 @@ def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
     run = tmp_path.with_name("run")
     train("vae", run, "--data", str(tmp_path), "--size", "1x16x16")
     train("dit", run)
-    data = dit.Latents(run / "latents.pt")
-    assert (len(data.train), len(data.pictures), len(data.test)) == (19, 0, 1)
+    latents = data.Latents(run / "latents.pt")
+    assert (len(latents.train), len(latents.train_and_pictures), len(latents.test)) == (19, 19, 1)
 
 
 def test_batches_of_pictures_are_drawn_from_pictures_and_clips_alike(tmp_path):
@@ -492,12 +498,12 @@ def test_batches_of_pictures_are_drawn_from_pictures_and_clips_alike(tmp_path):
     write(folder, "a.png", b"", b"red above")
     PICTURE.save(folder / "a.png")
     train("vae", tmp_path, "--data", str(folder), "--picture-share", "0.5")
-    data = dit.Latents(tmp_path / "latents.pt")
-    assert data.metadata["captions"] == ["a film"]  # what scores ask for
-    for share, captions in (0, {"a film"}), (1, {"a film", "red above"}):
-        x0, prompts, *_ = data.draw(step_generator(0), 99, picture_share=share)
-        assert x0.shape[2] == (1 if share else 2)
-        drawn = {" ".join(data.metadata["vocabulary"][i] for i in row if i) for row in prompts}
+    latents = data.Latents(tmp_path / "latents.pt")
+    assert latents.metadata["captions"] == ["a film"]  # what scores ask for
+    for is_pictures, captions in (False, {"a film"}), (True, {"a film", "red above"}):
+        x0, prompts = latents.draw(training.step_generator(0), 99, 0.0, is_pictures)
+        assert x0.shape[2] == (1 if is_pictures else 2)
+        drawn = {" ".join(latents.metadata["vocabulary"][i] for i in row if i) for row in prompts}
         assert drawn == captions
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import train
 
-import common
 import distill
 import dit
+from common import files, training
 
 
 def inputs(b=3):
@@ -34,7 +34,7 @@ def test_the_discriminators_frozen_part_never_moves_and_the_rest_does(micro_dit)
     d = distill.Discriminator(micro_dit, frozen_blocks=2, trainable_blocks=1)
     before = copy.deepcopy(d.state_dict())
     batch = real, real + 1, torch.full((3,), 0.1), noise, tokens
-    teach(d, common.Optimizer(d, "muon", 0.02), 3, batch)
+    teach(d, training.Optimizer(d, "muon", 0.02), 3, batch)
     moved = [name for name, p in d.state_dict().items() if not torch.equal(p, before[name])]
     assert moved and not [name for name in moved if name.startswith("parser.")]
     assert [name for name in moved if "self_attention" in name]
@@ -97,7 +97,7 @@ def test_every_design_learns_to_tell_real_from_generated(micro_dit, design):
     assert attends == (design["trainable_blocks"] > 0 and "head" not in design)
     batch = real, real.roll(1, dims=-1) * 0.5, torch.full((8,), 0.08), noise, tokens
     before, _ = distill.discriminator_loss(d, *batch)
-    loss, accuracy = teach(d, common.Optimizer(d, "adamw", 1e-2), 60, batch)
+    loss, accuracy = teach(d, training.Optimizer(d, "adamw", 1e-2), 60, batch)
     assert accuracy > 0.85 and loss < before / 2
 
 
@@ -111,7 +111,7 @@ def test_with_nothing_to_tell_apart_the_hinge_loss_cannot_fall_below_two(micro_d
 
 
 def test_the_discriminator_is_kept_as_it_was_trained(micro_run):
-    saved = common.load(micro_run / "discriminator.pt", "discriminator")
+    saved = files.load(micro_run / "discriminator.pt", "discriminator")
     start, _ = dit.load_dit(micro_run / "pruned.pt", torch.device("cpu"), "pruned")
     design = {name: value for name, value in saved["config"].items() if name != "dit"}
     discriminator = distill.Discriminator(dit.DiT(**saved["config"]["dit"]), **design)
@@ -123,21 +123,21 @@ def test_the_discriminator_is_kept_as_it_was_trained(micro_run):
     assert discriminator.blocks[0].feed_forward.down.weight.abs().max() > 0
 
 
-def test_in_its_warm_up_steps_the_student_does_not_hear_the_discriminator(micro_run, tmp_path):
+def test_in_warm_up_the_adversarial_loss_is_off(micro_run, tmp_path):
     """All four steps of warm-up: the student is that of the distillation term alone."""
     students = []
     for name, flags in (("warm-up", ["--d-warmup-steps", "4"]), ("alone", ["--adversarial", "0"]),
-                        ("heard", ["--d-warmup-steps", "3"])):
+                        ("on", ["--d-warmup-steps", "3"])):
         run = tmp_path / name
         run.mkdir()
         for file in "latents.pt", "dit.pt", "pruned.pt":
             shutil.copy(micro_run / file, run)
         train("distill", run, *flags)
-        students.append(common.load(run / "student.pt", "student")["model"])
+        students.append(files.load(run / "student.pt", "student")["model"])
         assert (run / "discriminator.pt").exists() == (name != "alone")
-    warm_up, alone, heard = students
+    warm_up, alone, on = students
     assert all(torch.equal(p, alone[name]) for name, p in warm_up.items())
-    assert not all(torch.equal(p, alone[name]) for name, p in heard.items())
+    assert not all(torch.equal(p, alone[name]) for name, p in on.items())
 
 
 # ------------------------------------------------------------ the student's steps
@@ -148,13 +148,15 @@ def test_the_student_makes_one_evaluation_per_step_without_guidance(micro_dit, s
     calls = []
     micro_dit.register_forward_hook(
         lambda _, inputs, __: calls.append((len(inputs[0]), inputs[1][0].item())))
-    distill.sample_student(micro_dit, torch.randn(steps, 3, 4, 2, 3, 3), inputs()[1])
-    assert calls == [(3, pytest.approx(t)) for t in distill.student_times(steps).tolist()]
+    timesteps = distill.student_timesteps(steps)
+    noise_per_step = torch.randn(steps, 3, 4, 2, 3, 3)
+    list(distill.sample_student(micro_dit, noise_per_step, inputs()[1], timesteps))
+    assert calls == [(3, pytest.approx(t)) for t in timesteps]
 
 
 def test_the_students_levels_start_at_pure_noise_and_crowd_there():
-    torch.testing.assert_close(distill.student_times(4), torch.tensor([1, 0.9, 0.75, 0.5]))
-    assert distill.student_times(1).tolist() == [1]
+    assert distill.student_timesteps(4) == pytest.approx([1, 0.9, 0.75, 0.5])
+    assert distill.student_timesteps(1) == [1]
 
 
 def test_a_student_that_knows_the_clip_finds_it_from_any_noise():
@@ -168,11 +170,13 @@ def test_a_student_that_knows_the_clip_finds_it_from_any_noise():
             return (x_t - x0) / dit.per_clip(t)
 
     noise_per_step = torch.randn(4, 1, 4, 2, 3, 3)
-    torch.testing.assert_close(distill.sample_student(Perfect(), noise_per_step, None), x0)
+    timesteps = distill.student_timesteps(4)
+    for _, _, found in distill.sample_student(Perfect(), noise_per_step, None, timesteps):
+        torch.testing.assert_close(found, x0)
 
 
 def test_the_teachers_endpoint_from_pure_noise_is_its_own_sample(micro_dit):
     _, tokens, noise = inputs()
     end = distill.teacher_endpoint(micro_dit, noise, torch.ones(3), tokens, 3.0, 5)
-    sampled = dit.sample_euler(micro_dit, noise, tokens, 5, 3.0)
+    *_, (_, _, sampled) = dit.sample_euler(micro_dit, noise, tokens, 5, 3.0)
     torch.testing.assert_close(end, sampled, rtol=1e-4, atol=1e-4)

@@ -1,14 +1,15 @@
 """The DiT: guidance, attention over space and time, the flow, and what a size costs."""
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import dit
 import prune
+from common import data, training
 
 
 def inputs(b=2):
@@ -95,18 +96,18 @@ def test_the_flow_goes_from_noise_to_data_along_a_straight_line():
     perfect = Perfect(noise - x0)
     tokens = torch.zeros(1, 5)
     for steps in 1, 7:
-        x = dit.sample_euler(perfect, noise, tokens, steps, 3.0)
+        *_, (_, _, x) = dit.sample_euler(perfect, noise, tokens, steps, 3.0)
         torch.testing.assert_close(x, x0)
     assert dit.flow_loss(perfect, x0, tokens, noise, torch.tensor([0.3])) < 1e-12
 
 
 def test_a_share_of_the_batches_is_pictures(micro_run):
-    data = dit.Latents(micro_run / "latents.pt")
+    latents = data.Latents(micro_run / "latents.pt")
     for share in 0.0, 0.3, 1.0:
+        args = SimpleNamespace(seed=0, batch_size=4, picture_share=share)
         pictures = 0
         for step in range(200):
-            batch = data.draw(common.step_generator(step), 4, 0.1, picture_share=share)
-            x0, _, noise, t = batch
+            x0, _, noise, t = dit.draw_batch(latents, args, "dit", step, 0.1)
             assert x0.shape == noise.shape and t.shape == (4,)
             pictures += x0.shape[2] == 1
         assert pictures / 200 == pytest.approx(share, abs=0.1)
@@ -120,24 +121,24 @@ def test_noise_levels_lie_between_0_and_1_about_their_mean():
 
 def test_unknown_words_are_named_and_left_out(capsys):
     vocabulary = ["<pad>", "a", "red", "circle"]
-    tokens = dit.tokenize(["A red, CIRCLE", "a turquoise circle"], vocabulary, 5)
+    tokens = data.tokenize(["A red, CIRCLE", "a turquoise circle"], vocabulary, 5)
     assert tokens.tolist() == [[1, 2, 3, 0, 0], [1, 3, 0, 0, 0]]
     assert "turquoise" in capsys.readouterr().err
 
 
 def test_a_share_of_the_captions_is_left_out_for_guidance(micro_run):
-    data = dit.Latents(micro_run / "latents.pt")
-    g = common.step_generator("test")
-    _, tokens, _, _ = data.draw(g, 400, cfg_dropout=0.25)
-    empty = (tokens == dit.PAD).all(1).float().mean()
+    latents = data.Latents(micro_run / "latents.pt")
+    g = training.step_generator("test")
+    _, tokens = latents.draw(g, 400, 0.25, is_pictures=False)
+    empty = (tokens == data.PAD).all(1).float().mean()
     assert empty == pytest.approx(0.25, abs=0.07)
-    _, tokens, _, _ = data.draw(g, 400)
-    assert not (tokens == dit.PAD).all(1).any()
+    _, tokens = latents.draw(g, 400, 0.0, is_pictures=False)
+    assert not (tokens == data.PAD).all(1).any()
 
 
 def test_latents_are_normalised_per_channel(micro_run):
-    data = dit.Latents(micro_run / "latents.pt")
-    x0 = data.x0(data.train)
+    latents = data.Latents(micro_run / "latents.pt")
+    x0 = latents.x0(latents.train)
     torch.testing.assert_close(x0.mean((0, 2, 3, 4)), torch.zeros(8), atol=2e-2, rtol=0)
     torch.testing.assert_close(x0.std((0, 2, 3, 4)), torch.ones(8), atol=2e-2, rtol=0)
 
@@ -148,7 +149,7 @@ def test_latents_are_normalised_per_channel(micro_run):
 def test_the_paper_sizes_have_the_stated_number_of_parameters():
     def params(**kept):
         with torch.device("meta"):
-            return common.count_parameters(dit.DiT(**dit.planned_config("mobile") | kept))
+            return training.count_parameters(dit.DiT(**dit.planned_config("mobile") | kept))
 
     kept = prune.PRESETS["mobile"]
     pruned = params(depth=kept["blocks"], heads=kept["heads"], ffn=kept["ffn"])

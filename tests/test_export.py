@@ -10,13 +10,15 @@ from torch import nn
 
 pytest.importorskip("coremltools")
 
-import common  # noqa: E402
 import dit  # noqa: E402
 import export_coreml  # noqa: E402
 import prune  # noqa: E402
+import sample  # noqa: E402
 import vae  # noqa: E402
 from distill import sample_student  # noqa: E402
-from export_coreml import convert, evaluate, program_cost, read_program  # noqa: E402
+from common.coreml_evaluator import evaluate, program_cost, read_program  # noqa: E402
+from export_coreml import convert  # noqa: E402
+from common import cli, coreml_evaluator, data, files  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def operations(program, kind):
 def refusal(capsys, *flags):
     """What the script says when it stops with exit status 2."""
     with pytest.raises(SystemExit) as stop:
-        common.run_script(lambda: export_coreml.main([str(flag) for flag in flags]))
+        cli.run_script(lambda: export_coreml.main([str(flag) for flag in flags]))
     assert stop.value.code == 2
     return capsys.readouterr().err.strip()
 
@@ -104,11 +106,11 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     assert [frames.shape[2] for frames in video] == [1, 4]
 
     student, metadata = dit.load_dit(exported / "student.pt", "cpu", "student")
-    tokens = dit.tokenize(["a red circle moving left"], metadata["vocabulary"],
+    tokens = data.tokenize(["a red circle moving left"], metadata["vocabulary"],
                           metadata["text_tokens"])
     autoencoder = vae.load_vae(exported / "vae.pt", "cpu", metadata["vae_checksum"])
-    x0 = sample_student(student, noise_per_step, tokens)
-    clip = dit.decode(autoencoder, x0, torch.no_grad)
+    *_, (_, _, x0) = sample_student(student, noise_per_step, tokens, metadata["timesteps"])
+    clip = sample.decode(autoencoder, x0, torch.no_grad)
     mse = (torch.cat(video, dim=2) - (clip / 2 + 0.5)).square().mean()
     assert -10 * mse.log10() > 40
 
@@ -140,17 +142,17 @@ def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(micro
 
 def test_what_the_evaluator_does_not_know_is_not_written(exported, tmp_path, monkeypatch, capsys):
     program = read_program(exported / "coreml/text_encoder.mlpackage")
-    monkeypatch.delitem(export_coreml.OPERATIONS, "linear")
+    monkeypatch.delitem(coreml_evaluator.OPERATIONS, "linear")
     with pytest.raises(NotImplementedError, match="linear"):
         evaluate(program, {"words": torch.zeros(1, 5, dtype=torch.int32)})
     error = refusal(capsys, "--run", exported, "--out", tmp_path)
-    assert "text_encoder is not proven: linear" in error
+    assert "text_encoder is not verified: linear" in error
     assert not any(tmp_path.iterdir())
 
 
 def test_an_operation_in_a_form_that_the_evaluator_does_not_know_is_an_error(exported, monkeypatch):
     program = read_program(exported / "coreml/text_encoder.mlpackage")
-    monkeypatch.setitem(export_coreml.OPERATIONS, "linear", lambda x, weight, bias: x[..., :1])
+    monkeypatch.setitem(coreml_evaluator.OPERATIONS, "linear", lambda x, weight, bias: x[..., :1])
     with pytest.raises(NotImplementedError, match="linear gives the shape"):
         evaluate(program, {"words": torch.zeros(1, 5, dtype=torch.int32)})
 
@@ -216,7 +218,7 @@ def test_embeddings_of_your_own_are_what_the_text_encoder_reads(exported, tmp_pa
         nn.init.normal_(p, std=0.1)
     student |= dict(config=own.config, model=own.state_dict(), text_tokens=4,
                     captions=["clip one", "clip two"])
-    common.save(tmp_path / "student.pt", **student)
+    files.save(tmp_path / "student.pt", **student)
     shutil.copy(exported / "vae.pt", tmp_path)
     export_coreml.main(["--run", str(tmp_path)])
     manifest = json.loads((tmp_path / "coreml/manifest.json").read_text())
@@ -275,11 +277,55 @@ def test_a_stop_while_replacing_leaves_none_that_looks_finished(exported, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             export_coreml.main(command)
     assert "holds no finished export" in refusal(capsys, *command, "--check")
-    (out / "unfinished").mkdir()  # as SIGKILL would leave it
     export_coreml.main(command)
     assert sorted(path.name for path in out.iterdir()) == [
         "decoder.mlpackage", "decoder_first.mlpackage", "generator.mlpackage", "manifest.json",
         "text_encoder.mlpackage"]
+
+
+@pytest.mark.parametrize("foreign", ["decoder.mlpackage/weights.bin", "manifest.json"])
+def test_what_another_program_made_is_neither_replaced_nor_removed(micro_run, tmp_path, foreign,
+                                                                    capsys):
+    out = tmp_path / "Models"
+    for name in foreign, "Other.mlpackage/weights.bin", "unfinished/notes.txt":
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    error = refusal(capsys, "--run", micro_run, "--out", out)
+    assert "is not of this script: take another --out" in error
+    assert len([path for path in out.rglob("*") if path.is_file()]) == 3
+
+
+def test_an_export_replaces_an_older_one_and_leaves_all_else_alone(exported, tmp_path):
+    """An older one had a fifth package."""
+    out = tmp_path / "coreml"
+    shutil.copytree(exported / "coreml", out)
+    shutil.copytree(out / "decoder.mlpackage", out / "image_encoder.mlpackage")
+    shutil.copytree(out / "decoder.mlpackage", out / "Other.mlpackage")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["packages"]["image_encoder"] = manifest["packages"]["decoder"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    export_coreml.main(["--run", str(exported), "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == [
+        "Other.mlpackage", "decoder.mlpackage", "decoder_first.mlpackage", "generator.mlpackage",
+        "manifest.json", "text_encoder.mlpackage"]
+
+
+def test_a_stream_keeps_two_frames_per_convolution_and_gives_what_the_whole_gives(micro_dit):
+    for ratio in (1, 8, 8), (4, 8, 8), (8, 32, 32):
+        torch.manual_seed(0)
+        model = vae.VAE(ratio, latent_channels=8, width=8, res_blocks=1, patch=4).eval()
+        modules = export_coreml.programs(micro_dit, model)
+        x0 = torch.randn(2, 8, 4, 2, 1)
+        caches = []
+        pieces = []
+        for latent in x0.split(1, dim=2):
+            module = modules["decoder" if caches else "decoder_first"]
+            frames, *caches = module(latent, *caches)
+            pieces.append(frames)
+            assert [cache.shape[2] for cache in caches] == [2] * (len(module.outputs) - 1)
+        assert [frames.shape[2] for frames in pieces] == [1] + [ratio[0]] * 3
+        whole = (model.decode(x0) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=1e-5, rtol=0)
 
 
 BAD = [  # what a person may type, and a word of the answer

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from conftest import MICRO, train
 
-import common
 import export_coreml
 import sample
+from common import training
 
 ROOT = Path(__file__).parent.parent
 SCORES = {"text_alignment", "color", "shape", "direction", "held_out_alignment",
@@ -98,7 +98,7 @@ def test_the_example_of_parts_in_your_own_code_computes_what_it_says():
     masked = whole(x, t, whole.text_encoder(tokens), own["masks"])
     torch.testing.assert_close(dense(x, t, dense.text_encoder(tokens)), masked)
     assert masked.abs().max() > 1e-3
-    assert common.count_parameters(dense) < 0.8 * common.count_parameters(whole)
+    assert training.count_parameters(dense) < 0.8 * training.count_parameters(whole)
     assert all(p.grad is None for p in own["discriminator"].parser.parameters())
     assert all(p.grad is not None for p in own["discriminator"].blocks.parameters())
 

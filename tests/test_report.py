@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 
+import imageio.v3 as iio
 import pytest
 import torch
 
 import sample
+from common import report as pages
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -65,7 +67,7 @@ def test_the_pictures_in_the_report_are_the_files_beside_it(reported):
     assert [kind for kind, _ in pictures] == ["gif", "png"]
     for name, (_, data) in zip(("compare.gif", "path.png"), pictures):
         assert base64.b64decode(data) == (reported / name).read_bytes()
-    frames = sample.iio.imread(reported / "compare.gif", plugin="pillow")
+    frames = iio.imread(reported / "compare.gif", plugin="pillow")
     assert len(frames) == 5 and (frames[0] != frames[-1]).any()  # it moves
     assert frames.shape[2] == 5 * 164  # input, reconstruction, teacher, pruned, student
 
@@ -101,14 +103,14 @@ def test_the_mask_map_fills_what_stays():
     masks = {"blocks": torch.tensor([1.0, 0]), "self_heads": torch.tensor([[1.0, 0, 1], [1, 1, 0]]),
              "cross_heads": torch.tensor([[0.0, 1, 1], [1, 1, 0]]), "ffn": torch.ones(2, 8)}
     masks["ffn"][0, :2] = 0
-    stays, is_cut = sample.mask_map(masks).splitlines()
+    stays, is_cut = pages.mask_map(masks).splitlines()
     assert stays.split() == ["block", "1", "■□■", "□■■", "FFN", "75%"]
     assert is_cut.split() == ["block", "2", "□□□", "□□□", "FFN", "0%"]  # whatever its heads say
 
 
 def test_a_curve_falls_where_the_loss_falls():
     losses = [1 / (1 + step) for step in range(1000)]
-    figure = sample.curve("a & b", losses)
+    figure = pages.curve("a & b", losses)
     points = re.search(r'points="(.*?)"', figure)[1].split()
     x, y = zip(*[[float(number) for number in point.split(",")] for point in points])
     assert len(points) == 100 and 0 <= min(x) < max(x) <= 100 and 0 <= min(y) < max(y) <= 40

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import MICRO, train
+from common import cli, files, training
 
-import common
 
 OUTPUTS = {"vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["masks.pt", "pruned.pt"],
            "distill": ["student.pt", "discriminator.pt"]}
@@ -38,24 +38,24 @@ def assert_unharmed(stage, run, micro_run):
 def status_of(stage, run):
     """The exit status of a run that saves every step."""
     with pytest.raises(SystemExit) as stop:
-        common.run_script(lambda: train(stage, run, "--save-every", "0"))
+        cli.run_script(lambda: train(stage, run, "--save-every", "0"))
     return stop.value.code
 
 
 def steps_saved(run):
-    return [common.load(path, "resume")["step"] for path in run.glob("*.resume")]
+    return [files.load(path, "resume")["step"] for path in run.glob("*.resume")]
 
 
 def at_step(monkeypatch, step, act):
     """Calls `act` when a Loop has logged this step."""
-    log = common.Loop.log
+    log = training.Loop.log
 
     def log_and_act(self, **values):
         log(self, **values)
         if self.step == step:
             act()
 
-    monkeypatch.setattr(common.Loop, "log", log_and_act)
+    monkeypatch.setattr(training.Loop, "log", log_and_act)
 
 
 def fork(stage, run, die_at):
@@ -112,7 +112,7 @@ def test_a_signal_saves_at_once(micro_run, tmp_path, monkeypatch, capsys, stage,
 
 def test_ctrl_c_outside_the_training_is_a_sentence_too(capsys):
     with pytest.raises(SystemExit) as stop:
-        common.run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
+        cli.run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
     assert stop.value.code == 130
     assert capsys.readouterr().err.startswith("stopped: ")
 
@@ -142,7 +142,7 @@ def test_damaged_metrics_take_no_result_away(micro_run, tmp_path, capsys):
     (tmp_path / "metrics.json").unlink()
     train("dit", tmp_path)
     assert_unharmed("dit", tmp_path, micro_run)
-    assert "dit" in common.read_metrics(tmp_path)
+    assert "dit" in files.read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("stage", STAGES)

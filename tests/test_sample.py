@@ -1,6 +1,7 @@
 """Each score must rank known good clips above known bad ones before it is used for anything."""
 import io
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image, ImageSequence
 
 import dit
 import sample
-import vae
+from common import data, report
 
 CPU = torch.device("cpu")
 CAPTION = "a red circle moving left"
@@ -16,8 +17,8 @@ CAPTION = "a red circle moving left"
 
 @pytest.fixture(scope="module")
 def clips():
-    data = vae.Shapes(9, 32, 32, clips=256, seed=1)
-    return data.clip(list(data.train))
+    rendered = data.Shapes(9, 32, 32, clips=256, seed=1)
+    return rendered.clip(list(range(256)))
 
 
 def load_model(run, stage, steps=None, cfg=3.0):
@@ -25,20 +26,20 @@ def load_model(run, stage, steps=None, cfg=3.0):
 
 
 def prompts_of(model, n):
-    return dit.tokenize([CAPTION] * n, model.checkpoint["vocabulary"], 5)
+    return data.tokenize([CAPTION] * n, model.checkpoint["vocabulary"], 5)
 
 
 # ------------------------------------------------------------ the scores
 
 
 def test_the_measure_reads_real_renders_and_chance_on_shuffled_captions():
-    data = vae.Shapes(9, 32, 32, clips=512, seed=5)
-    found = sample.measure(data.clip(list(data.train)))
-    asked = data.combinations[:512]
+    rendered = data.Shapes(9, 32, 32, clips=512, seed=5)
+    found = sample.measure(rendered.clip(list(range(512))))
+    asked = rendered.combinations[:512]
     assert (found == asked).all(1).float().mean() >= 0.99
     shuffled = asked[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
     by_chance = (found == shuffled).float().mean(0)
-    chance = torch.tensor([1 / len(vae.COLORS), 1 / len(vae.SHAPES), 1 / len(vae.DIRECTIONS)])
+    chance = torch.tensor([1 / len(data.COLORS), 1 / len(data.SHAPES), 1 / len(data.DIRECTIONS)])
     assert (by_chance - chance).abs().max() < 0.07
     nothing = torch.full((4, 3, 9, 32, 32), -0.4)
     assert (sample.measure(nothing) == -1).all()  # a grey clip is no shape at all
@@ -50,7 +51,7 @@ def test_the_outline_score_sees_round_corners_other_shapes_and_blur():
     half = 0.87 * 8
     corner = torch.stack([x.abs(), y.abs()]).sub(half - 4).clamp(min=0)
     rounded = (0.5 - (corner.norm(dim=0) - 4)).clamp(0, 1)  # corners with a radius of 4 pixels
-    circle, square, _, bar = vae.shape_coverage(x, y, torch.tensor(8.0)).unbind(-1)
+    circle, square, _, bar = data.shape_coverage(x, y, torch.tensor(8.0)).unbind(-1)
     blurred = torch.nn.functional.avg_pool2d(square[None], 5, 1, 2)[0]
     masks = torch.stack([square, rounded, circle, bar, blurred])
     clips = masks[:, None, None].repeat(1, 1, 3, 1, 1)  # three frames
@@ -101,27 +102,30 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
 
 
 def test_the_validation_loss_ranks_models_and_is_always_drawn_the_same(micro_run):
-    data = dit.Latents(micro_run / "latents.pt")
+    latents = data.Latents(micro_run / "latents.pt")
     model, _ = dit.load_dit(micro_run / "dit.pt", CPU, "dit")
-    loss = sample.validation_loss(model, data, CPU, torch.no_grad)
-    assert loss == sample.validation_loss(model, data, CPU, torch.no_grad)
+    loss = sample.validation_loss(model, latents, CPU, torch.no_grad)
+    assert loss == sample.validation_loss(model, latents, CPU, torch.no_grad)
     for p in model.final_layer.parameters():
         p.neg_()
-    assert sample.validation_loss(model, data, CPU, torch.no_grad) > loss
+    assert sample.validation_loss(model, latents, CPU, torch.no_grad) > loss
 
 
-def test_each_clip_is_judged_by_what_its_caption_asks_for(micro_run):
-    data = dit.Latents(micro_run / "latents.pt")
-    rendered = vae.Shapes(9, 32, 32, clips=4, seed=1)
+def test_each_clip_is_measured_against_what_its_caption_asks_for(micro_run):
+    latents = data.Latents(micro_run / "latents.pt")
+    rendered = data.Shapes(9, 32, 32, clips=4, seed=1)
+    captions = [record.caption for record in rendered.records[:2]]
     clips = rendered.clip([0, 1])
-    for verdict in sample.judge(rendered.captions[:2], clips, None, data):
-        assert all(right for right, _ in verdict.values())
-    verdict = sample.judge([CAPTION], clips[:1] * 0, None, data)[0]
-    assert set(verdict) == {"color", "shape", "direction"}
-    assert set(verdict.values()) == {(False, "none")}
-    data.on_shapes = False  # judged by the nearest training clip
-    first, second = sample.judge([data.captions[0], "another"], None, data.x0([0, 1]), data)
-    assert list(first.values()) == [(True, data.captions[0])]
+    for prediction in sample.evaluate_attributes(captions, clips, None, latents):
+        assert all(right for right, _ in prediction.values())
+    prediction = sample.evaluate_attributes([CAPTION], clips[:1] * 0, None, latents)[0]
+    assert set(prediction) == {"color", "shape", "direction"}
+    assert set(prediction.values()) == {(False, "none")}
+    latents.on_shapes = False  # measured by the nearest training clip
+    known = latents.records[0].caption
+    x0 = latents.x0([0, 1])
+    first, second = sample.evaluate_attributes([known, "another"], None, x0, latents)
+    assert list(first.values()) == [(True, known)]
     assert not any(right for right, _ in second.values())
 
 
@@ -133,7 +137,7 @@ def test_the_number_of_function_evaluations_is_counted_not_claimed(micro_run, st
     model = load_model(micro_run, stage)
     clips = []
     model.dit.register_forward_hook(lambda _, inputs, __: clips.append(len(inputs[0])))
-    model.sample(prompts_of(model, 2), model.noise(2, 0))
+    list(model.trajectory(prompts_of(model, 2), model.noise(2, 0)))
     assert sum(clips) / 2 == model.nfe == nfe
 
 
@@ -153,13 +157,20 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
     model = load_model(micro_run, stage)
     prompts = prompts_of(model, 1)
     noise = model.noise(1, 0)
-    trajectory = []
-    x0 = model.sample(prompts, noise, trajectory=trajectory)
-    times = [t for t, _, _ in trajectory]
+    trajectory = list(model.trajectory(prompts, noise))
+    x0, _ = model.sample(prompts, 0)
+    times = [float(t) for t, _, _ in trajectory]
     assert len(trajectory) == steps and times == sorted(times, reverse=True)
     torch.testing.assert_close(trajectory[0][1], noise[0])
-    torch.testing.assert_close(trajectory[-1][2], x0, rtol=1e-3, atol=1e-3)
-    assert torch.equal(x0, model.sample(prompts, noise))
+    assert torch.equal(trajectory[-1][2], x0)
+
+
+def test_sampling_runs_under_autocast_while_it_iterates(micro_run):
+    bfloat16 = sample.Model(micro_run / "student.pt", CPU,
+                            lambda: torch.autocast("cpu", torch.bfloat16), None, 1)
+    float32 = load_model(micro_run, "student")
+    prompts = prompts_of(float32, 1)
+    assert not torch.equal(bfloat16.sample(prompts, 0)[0], float32.sample(prompts, 0)[0])
 
 
 # ------------------------------------------------------------ videos and pictures
@@ -169,13 +180,14 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_sample(micro_run, stag
     ("--size 9x24x32", (9, 24, 32)), ("--frames 1", (1, 16, 16)), ("--frames 13", (13, 16, 16))])
 def test_a_clip_may_have_another_size_than_those_trained_on(micro_run, monkeypatch, flags, shape):
     decoded = []
+    plain = sample.decode
 
     def decode(*args):
-        decoded.append(dit.decode(*args))
+        decoded.append(plain(*args))
         return decoded[-1]
 
     monkeypatch.setattr(sample, "decode", decode)
-    monkeypatch.setattr(sample, "write_video", lambda *args: None)
+    monkeypatch.setattr(report, "write_video", lambda *args: None)
     sample.main(["--run", str(micro_run), "--device", "cpu", "--prompt", CAPTION, *flags.split()])
     assert decoded[0].shape == (1, 3, *shape) and decoded[0].isfinite().all()
 
@@ -191,7 +203,7 @@ def test_prompts_become_videos_and_contact_sheets(micro_run, tmp_path, suffix):
         halves = np.split(image, 2)
         assert not np.array_equal(halves[0][:36], halves[1][:36])  # the captions
     else:
-        frames = sample.iio.imread(out, plugin="pillow" if suffix == "gif" else "pyav")
+        frames = iio.imread(out, plugin="pillow" if suffix == "gif" else "pyav")
         assert len(frames) == 5
         halves = np.split(frames, 2, axis=2)  # the two prompts side by side
     assert min(half.std() for half in halves) > 1
@@ -200,8 +212,8 @@ def test_prompts_become_videos_and_contact_sheets(micro_run, tmp_path, suffix):
 
 def test_the_caption_is_written_on_the_picture():
     clip = torch.zeros(3, 2, 8, 8)
-    blank = sample.cell(clip, "")
-    written = sample.cell(clip, CAPTION)
+    blank = report.cell(clip, "")
+    written = report.cell(clip, CAPTION)
     assert blank.shape == written.shape and (written != blank).any()
 
 
@@ -212,7 +224,7 @@ def test_a_gif_keeps_a_colour_that_few_pixels_have():
     for i, color in enumerate(colors):
         frames[:, 20 * i:20 * i + 18, 10:50] = color + g.integers(-20, 20, (3, 18, 40, 3))
     frames[:, 60:66, 90:96] = 26, 230, 230
-    gif = Image.open(io.BytesIO(sample.gif_bytes(frames.clip(0, 255).astype(np.uint8), 8)))
+    gif = Image.open(io.BytesIO(report.gif_bytes(frames.clip(0, 255).astype(np.uint8), 8)))
     seen = [np.asarray(frame.convert("RGB"))[63, 93] for frame in ImageSequence.Iterator(gif)]
     assert len(seen) == 3
     for color in seen:

@@ -5,8 +5,8 @@ import importlib
 import pytest
 import tables
 
-import common
 import dit
+from common import training
 
 
 def commands():
@@ -37,7 +37,7 @@ def test_pruning_alone_and_together_leaves_as_many_parameters(micro_dit):
                 kept[flag] = int(words[words.index(flag) + 1])
         depth, heads, ffn = kept.values()
         config = micro_dit.config | dict(width=128, depth=depth, heads=heads, ffn=ffn)
-        params.append(common.count_parameters(dit.DiT(**config)))
+        params.append(training.count_parameters(dit.DiT(**config)))
     assert max(params) < 1.04 * min(params)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import train
 
-import common
 import vae
+from common import cli, data, training
 
 RATIOS = [(4, 8, 8), (4, 16, 16), (8, 16, 16), (8, 32, 32), (8, 64, 64)]
 
@@ -53,33 +53,12 @@ def test_a_picture_is_a_video_of_one_frame():
 @pytest.mark.parametrize("preset", vae.PRESETS)
 def test_every_preset_is_a_network_that_can_be_built(preset):
     p = vae.PRESETS[preset]
-    ratio = common.size(p["ratio"])
-    vae.latent_size(common.size(p["size"]), ratio)
+    ratio = cli.size(p["ratio"])
+    vae.latent_size(cli.size(p["size"]), ratio)
     with torch.device("meta"):
         model = vae.VAE(ratio, p["latent_channels"], p["width"], p["res_blocks"], p["patch"])
         mean, _ = model.encode(torch.empty(1, 3, 1, *ratio[1:]))
     assert mean.shape == (1, p["latent_channels"], 1, 1, 1)
-
-
-@pytest.mark.parametrize("ratio", [(1, 8, 8), (4, 8, 8), (8, 32, 32), (8, 64, 64)], ids=str)
-def test_decoding_latent_frame_by_latent_frame_equals_decoding_at_once(ratio):
-    model = small_vae(ratio)
-    z = torch.randn(2, 8, 4, 2, 1)
-    pieces = list(model.stream(z))
-    assert [frames.shape[2] for frames in pieces] == [1] + [ratio[0]] * 3
-    torch.testing.assert_close(torch.cat(pieces, dim=2), model.decode(z), atol=1e-5, rtol=0)
-
-
-def test_a_stream_keeps_as_much_after_many_frames_as_after_one():
-    model = small_vae((4, 8, 8))
-    caches = []
-    kept = []
-    with torch.no_grad():
-        for _ in range(4):
-            model.decode_next(torch.randn(1, 8, 1, 2, 2), caches)
-            kept.append([x.untyped_storage().nbytes() for x in caches])
-    assert kept[1:] == kept[:-1]
-    assert kept[0] == [4 * 2 * x.shape[1] * x.shape[3] * x.shape[4] for x in caches]  # two frames
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -99,7 +78,7 @@ def test_a_crop_is_the_same_random_place_of_every_clip():
     position = torch.arange(t * h * w).float().view(1, 1, t, h, w).expand(2, 3, t, h, w)
     corners = set()
     for step in range(50):
-        part = vae.random_part(position, (5, 8, 16), common.step_generator(step))
+        part = vae.random_crop(position, (5, 8, 16), training.step_generator(step))
         assert part.shape == (2, 3, 5, 8, 16) and torch.equal(part[0, 0], part[1, 2])
         first = int(part[0, 0, 0, 0, 0])
         corner = first // (h * w), first // w % h, first % w
@@ -133,19 +112,23 @@ def test_psnr_is_that_of_its_definition():
 
 
 def test_no_held_out_combination_is_trained_on_yet_every_pair_is():
-    data = vae.Shapes(5, 16, 16, clips=3000, seed=0)
-    train = {tuple(data.combinations[i].tolist()) for i in data.train}
-    held_out = set(data.held_out_captions)
-    assert held_out and not held_out & {data.captions[i] for i in data.train}
-    assert held_out <= {data.captions[i] for i in data.test}
-    sizes = [len(vae.COLORS), len(vae.SHAPES), len(vae.DIRECTIONS)]
+    clips = data.Shapes(5, 16, 16, clips=3000, seed=0)
+    train = {tuple(combination.tolist()) for combination in clips.combinations[:3000]}
+    held_out = set(clips.held_out_captions)
+    captions = {"train": set(), "test": set()}
+    for record in clips.records:
+        captions[record.split].add(record.caption)
+    assert held_out and not held_out & captions["train"]
+    assert held_out <= captions["test"]
+    sizes = [len(data.COLORS), len(data.SHAPES), len(data.DIRECTIONS)]
     for a, b in (0, 1), (1, 2), (0, 2):
         assert len({(c[a], c[b]) for c in train}) == sizes[a] * sizes[b]
 
 
 def test_a_rendered_clip_depends_on_its_index_and_seed_alone():
-    a, b, c = (vae.Shapes(5, 16, 16, clips=50, seed=seed) for seed in (1, 1, 2))
+    a, b, c = (data.Shapes(5, 16, 16, clips=50, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(a.clip([3, 7])[1:], b.clip([7]))
     assert not torch.equal(a.clip([7]), c.clip([7]))
-    more = vae.Shapes(5, 16, 16, clips=80, seed=1)  # leaves the test clips as they are
-    assert torch.equal(a.clip(list(a.test)), more.clip(list(more.test)))
+    more = data.Shapes(5, 16, 16, clips=80, seed=1)  # leaves the test clips as they are
+    test = [data.indices_of(clips.records, "test").tolist() for clips in (a, more)]
+    assert torch.equal(a.clip(test[0]), more.clip(test[1]))
