@@ -426,7 +426,8 @@ def from_noise(args, latents, vae, models, caption, precision):
             t, x_t, x0 = steps[i]
             both = torch.cat(list(decode(vae, torch.cat([x_t, x0]), precision)), dim=2)
             middle = both[:, both.shape[1] // 2][:, None]  # one above the other
-            row.append(report.cell(middle, f"{model.name} step {i + 1}, t={float(t):.2f}", width=96))
+            title = f"{model.name} step {i + 1}, t={float(t):.2f}"
+            row.append(report.cell(middle, title, width=96))
         blank = np.full_like(row[0], 255)
         rows.append(row + [blank] * (8 - len(row)))
     return report.figure(args.run / "path.png", rows, args.fps, "x_t above x0, a column per step")
