@@ -20,7 +20,7 @@ CFG trajectory from the same x_t.
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
-    python distill.py --run runs/y --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20
+    python distill.py --run runs/y --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2
 """
 import argparse
 import copy
@@ -44,13 +44,13 @@ PRESETS = {
         batch_size=32,
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,
-        d_warmup_steps=10,   # in which the adversarial loss is off
+        d_warmup=0.1,        # fraction of the steps in which the adversarial loss is off
         optimizer="muon",
         ema=0.95),           # the average of about the last 20 steps
     "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
-                lr=0.002, d_lr=0.01, d_warmup_steps=100, optimizer="muon", ema=0.999),
+                lr=0.002, d_lr=0.01, d_warmup=0.03, optimizer="muon", ema=0.999),
     "mobile": dict(frozen_blocks=10, trainable_blocks=4, teacher_steps=10, steps=20000,
-                   batch_size=128, lr=5e-6, d_lr=2e-5, d_warmup_steps=500, optimizer="adamw",
+                   batch_size=128, lr=5e-6, d_lr=2e-5, d_warmup=0.025, optimizer="adamw",
                    ema=0.999),
 }
 PRESETS["server"] = PRESETS["mobile"]
@@ -194,8 +194,8 @@ def parse_arguments(argv):
                    help="tell the discriminator the noise level")
     p.add_argument("--d-lr", type=cli.number(1e-12),
                    help="peak learning rate of the discriminator")
-    p.add_argument("--d-warmup-steps", type=cli.not_negative,
-                   help="steps in which the adversarial loss is off")
+    p.add_argument("--d-warmup", type=cli.number(0, 1),
+                   help="fraction of the steps, at the start, without the adversarial loss")
     p.add_argument("--d-noise-level", type=cli.number(-20, 20), default=-2.5,
                    help="noise level of the discriminator's inputs: mean of the logit of s; -2.5 "
                         "is about 0.08")
@@ -265,12 +265,12 @@ def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimiz
             with precision():
                 target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
             # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean.
-            distillation = ((fake - target).square() + 0.01).sqrt().mean()
+            distillation = ((fake - target).square() + 0.01).sqrt().mean() - 0.1  # 0 if equal
             loss = loss + args.distillation * distillation
             values["distillation"] = distillation
         if args.adversarial:
             generator_loss = torch.zeros_like(loss)  # in warm-up
-            if step >= args.d_warmup_steps:
+            if step >= args.d_warmup * args.steps:
                 # The gradient passes through all of the discriminator, frozen blocks too, to
                 # `fake`; below only the student's own is asked for.
                 with precision():

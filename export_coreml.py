@@ -49,12 +49,13 @@ MIN_PSNR = 40  # dB, of a float16 video to the float32 one
 
 
 class Float16RMSNorm(RMSNorm):
-    """float16 ends at 65,504: squares of 256 already leave it. The norm does not depend on the
-    scale of x, so divide by the largest |x| first (our reading)."""
+    """float16 ends at 65,504: squares of 256 already leave it, and those of 1e-4 are zero. So x is
+    divided by its largest number first, and the root of epsilon, 1e-3, with it (our reading)."""
 
     def forward(self, x):
-        largest = x.abs().amax(self.axis, keepdim=True)
-        return super().forward(x / largest.clamp(min=1e-3))
+        largest = x.abs().amax(self.axis, keepdim=True).clamp(min=1e-3)
+        root = largest.clamp(max=1e-3)  # a tensor: Core ML adds 1e-4 to what divides a number
+        return super().forward(x / largest, (root / largest).square())
 
 
 class TiledFeedForward(FeedForward):

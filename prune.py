@@ -53,7 +53,6 @@ PRESETS = {
                    lr=5e-5, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"]
-CFG_DROPOUT = 0.1  # fraction of captions left empty: the small model is guided, too
 
 # ------------------------------------------------------------ 1. sensitivity
 
@@ -213,11 +212,11 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 # ------------------------------------------------------------ the training
 
 
-def learn_masks(args, settings, latents, teacher, budget, device, precision):
+def learn_masks(args, settings, latents, teacher, budget, cfg_dropout, device, precision):
     """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
     batches = []
     for i in range(8):
-        batch = draw_batch(latents, args, "sensitivity", i, CFG_DROPOUT)
+        batch = draw_batch(latents, args, "sensitivity", i, cfg_dropout)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
@@ -230,7 +229,7 @@ def learn_masks(args, settings, latents, teacher, budget, device, precision):
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
-        return draw_batch(latents, args, "masks", step, CFG_DROPOUT)
+        return draw_batch(latents, args, "masks", step, cfg_dropout)
 
     loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                          masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
@@ -254,7 +253,7 @@ def learn_masks(args, settings, latents, teacher, budget, device, precision):
     return student, scores, masks, loop
 
 
-def recover(args, settings, latents, teacher, dense, kept_blocks, device, precision):
+def recover(args, settings, latents, teacher, dense, kept_blocks, cfg_dropout, device, precision):
     """Step 4. -> the average of the dense model's weights, and the loop."""
     dense.gradient_checkpointing = args.gradient_checkpointing
     ema = training.average_weights(dense, args)
@@ -262,7 +261,7 @@ def recover(args, settings, latents, teacher, dense, kept_blocks, device, precis
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
-        return draw_batch(latents, args, "prune", step, CFG_DROPOUT)
+        return draw_batch(latents, args, "prune", step, cfg_dropout)
 
     loop = training.Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
                          optimizer=optimizer)
@@ -353,7 +352,8 @@ def main(argv=None):
         return
     device, precision = training.set_up(args)
     latents = data.Latents(args.latents)
-    teacher, _ = load_dit(args.dit, device, "dit", latents=latents)
+    teacher, checkpoint = load_dit(args.dit, device, "dit", latents=latents)
+    cfg_dropout = checkpoint["settings"]["cfg_dropout"]  # the small model is guided, too
     sizes = kept_sizes(args, teacher.config)
     settings = cli.settings_of(args) | dict(
         latents_checksum=latents.checksum, teacher_checksum=files.checksum(teacher.parameters()))
@@ -363,7 +363,7 @@ def main(argv=None):
     budget = dict(blocks=sizes["depth"], self_heads=sizes["heads"], cross_heads=sizes["heads"],
                   ffn=sizes["ffn"])
     student, scores, mask_module, mask_loop = learn_masks(
-        args, settings, latents, teacher, budget, device, precision)
+        args, settings, latents, teacher, budget, cfg_dropout, device, precision)
 
     # 3. cut
     masks = {name: m.detach().round() for name, m in mask_module().items()}
@@ -374,7 +374,8 @@ def main(argv=None):
     del student
 
     # 4. recovery
-    pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, device, precision)
+    pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, cfg_dropout,
+                           device, precision)
 
     params = training.count_parameters(dense)
     metrics = dict(params=params, params_ratio=params / training.count_parameters(teacher),

@@ -361,7 +361,8 @@ def score(args, latents, vae, models, precision):
         x0, seconds = model.sample(latents.prompts_of(seen + unseen), args.seed)
         rows, features = score_clips(x0, seen + unseen, latents, vae, precision)
         result = dict(params=training.count_parameters(model.dit), nfe=model.nfe,
-                      seconds_per_clip=seconds)
+                      seconds_per_clip=seconds,
+                      model_checksum=files.checksum(model.dit.parameters()))
         result |= mean_scores(rows[:len(seen)])
         if unseen:
             result["held_out_alignment"] = mean_scores(rows[len(seen):])["text_alignment"]
@@ -433,6 +434,18 @@ def from_noise(args, latents, vae, models, caption, precision):
     return report.figure(args.run / "path.png", rows, args.fps, "x_t above x0, a column per step")
 
 
+def stale_scores(models, metrics):
+    """-> a sentence for the report: which scores are of weights that are no longer there."""
+    stale = []
+    for model in models:
+        scores = metrics.get("score", {}).get(model.stage)
+        if scores and scores.get("model_checksum") != files.checksum(model.dit.parameters()):
+            stale.append(model.name)
+    if not stale:
+        return ""
+    return f"Stale, measured before it was trained anew: {', '.join(stale)}; run sample.py --score."
+
+
 def masks_and_curves(run):
     """-> the map of masks, the curves of all losses, both as HTML, and the files that are not
     there."""
@@ -466,6 +479,7 @@ def write_report(args, latents, vae, models, precision):
     metrics = files.read_metrics(args.run)
     with files.reading(args.run / "metrics.json"):
         table = "".join("<tr><td>" + "<td>".join(row) for row in report.score_table(metrics))
+        stale = stale_scores(models, metrics)
         # Four digits are enough to read.
         metrics = json.loads(json.dumps(metrics), parse_float=lambda x: float(f"{float(x):.4g}"))
     compare = side_by_side(args, latents, vae, models, captions, precision)
@@ -479,7 +493,7 @@ def write_report(args, latents, vae, models, precision):
         size="×".join(str(n) for n in clip_size), compare=compare, caption=escape(captions[-1]),
         left_out=f"Left out, since it is not there: {', '.join(missing)}." if missing else "",
         unseen=escape("; ".join(unseen) or "none of them"), masks=masks, table=table,
-        trajectories=trajectories, curves=curves, metrics=escape(json.dumps(metrics, indent=1)))
+        stale=stale, trajectories=trajectories, curves=curves, metrics=escape(json.dumps(metrics, indent=1)))
     print(f"open {args.run / 'report.html'}")
 
 

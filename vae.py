@@ -74,8 +74,8 @@ class RMSNorm(nn.Module):
         self.axis = axis
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
-    def forward(self, x):
-        rms_inverse = torch.rsqrt(x.square().mean(self.axis, keepdim=True) + 1e-6)
+    def forward(self, x, epsilon=1e-6):
+        rms_inverse = torch.rsqrt(x.square().mean(self.axis, keepdim=True) + epsilon)
         x = x * rms_inverse.to(x.dtype)
         if self.weight is None:
             return x

@@ -105,7 +105,7 @@ class Shapes:
         def centre(position, extent, along):
             """position in [0, 1] -> pixels, such that the whole path lies inside the picture."""
             along = along[:, None, None, None]
-            room = extent - 2.2 * radius - speed * along.abs()
+            room = extent - 2.4 * radius - speed * along.abs()  # a triangle's tip is at 1.2 radii
             return extent / 2 + (position - 0.5) * room + travel * along
 
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")

@@ -161,6 +161,7 @@ $compare
 <h2>Costs and scores</h2>
 <p>Data: VAE reconstructions of training clips, about what a perfect generator would score.</p>
 <table>$table</table>
+<p>$stale</p>
 <h2>From noise to a clip</h2>
 <p>“$caption”. Above: x_t, what the network is given. Below: x0, the clean clip that it sees in it.
 The teacher integrates the ODE in Euler steps; the student jumps to x0, adds noise, and jumps

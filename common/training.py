@@ -46,9 +46,10 @@ def set_up(args):
         atexit.register(dist.destroy_process_group)
         if not cli.is_main_process:
             sys.stdout = open(os.devnull, "w")
+    if args.dtype == "auto":
+        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if is_fast else "float32"
     bfloat16 = args.dtype == "bfloat16"
-    if args.dtype == "auto" and device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
@@ -139,29 +140,37 @@ class Muon(torch.optim.Optimizer):
             # A tall matrix takes a longer step (same post).
             rate = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
             for (p, _), update in zip(pairs, x):
-                p.add_(update.reshape(shape), alpha=-rate)
+                # No gradient, no update: what a mask switches off holds still.
+                p.add_(update.reshape(shape) * (p.grad != 0), alpha=-rate)
 
 
 class Optimizer:
     """AdamW as the paper states; or Muon for the matrices of linear and convolution layers beside
-    AdamW for all else, stepped as one under the autocast context of `precision`."""
+    AdamW for all else, stepped as one under the autocast context of `precision`. Our reading:
+    AdamW's weight decay of 0.01 on these matrices; none on norms, biases, gates and embeddings."""
 
     def __init__(self, model, name, lr, precision=contextlib.nullcontext):
         self.precision = precision
-        kinds = (nn.Linear, nn.Conv3d) if name == "muon" else ()
-        weights = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+        weights = {id(module.weight) for module in model.modules()
+                   if isinstance(module, (nn.Linear, nn.Conv3d))}
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if id(p) in weights]
-        others = [p for p in trained if id(p) not in weights]
-        adamw_lr = lr / 20 if matrices else lr  # its usual rates are about that much lower
-        self.parts = [Muon(matrices, lr)] if matrices else []
-        self.parts.append(torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.99), fused=True))
+        others = dict(params=[p for p in trained if id(p) not in weights], weight_decay=0.0)
+        if name == "muon":  # AdamW's usual rates are about 20 times lower
+            self.parts = [Muon(matrices, lr), self.adamw([others], lr / 20)]
+        else:
+            self.parts = [self.adamw([dict(params=matrices, weight_decay=0.01), others], lr)]
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
+
+    @staticmethod
+    def adamw(groups, lr):
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
 
     def set_lr(self, fraction):
         """fraction: of the peak learning rate, as `warmup_cosine` gives it."""
         for part, peak in zip(self.parts, self.peaks):
-            part.param_groups[0]["lr"] = peak * fraction
+            for group in part.param_groups:
+                group["lr"] = peak * fraction
 
     def step(self):
         with self.precision():
@@ -205,7 +214,8 @@ def stop_if_done(paths, settings, stage, next_script):
 def finish(args, stage, metrics, next_script, *loops):
     """Ends a stage whose results are saved: records metrics, deletes the resume files, prints a
     line. Seconds go into metrics.json alone: one seed gives identical checkpoints."""
-    metrics = {**metrics, "seconds": sum(loop.seconds for loop in loops)}
+    seconds = sum(loop.seconds for loop in loops)
+    metrics = {**metrics, "dtype": args.dtype, "seconds": seconds}
     files.record_metrics(args.run, stage, metrics)
     if cli.is_main_process:
         for loop in reversed(loops):

@@ -31,7 +31,7 @@ SCORE = "sample.py --score"
 # A quarter of the preset's recovery: after all of it rows look alike.
 PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
-ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup-steps 20"
+ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2"
 # Clips on which 8x32x32 still leaves a grid.
 LARGE = ("vae.py --size 9x128x128 --patch 4 --width 32 --latent-channels 64 --clips 1536 "
          "--steps 400 --batch-size 4 --ratio")

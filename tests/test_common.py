@@ -103,6 +103,21 @@ def test_muon_steps_matrices_of_one_shape_as_it_would_each_alone(shape):
         torch.testing.assert_close(one, other)
 
 
+def test_what_has_no_gradient_holds_still():
+    """Muon's momentum would move it on for dozens of steps."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 16))
+    optimizer = training.Muon([weight], lr=1.0)
+    for _ in range(3):
+        weight.grad = torch.randn(16, 16)
+        optimizer.step()
+    before = weight.detach().clone()
+    weight.grad[:8] = 0  # these units are off now
+    optimizer.step()
+    assert torch.equal(weight[:8], before[:8])
+    assert (weight[8:] != before[8:]).all()
+
+
 def test_muon_takes_the_matrices_adamw_the_rest_and_frozen_parameters_rest():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].requires_grad_(False)
@@ -111,7 +126,9 @@ def test_muon_takes_the_matrices_adamw_the_rest_and_frozen_parameters_rest():
     taken = {id(p) for p in adamw.param_groups[0]["params"]}
     assert taken == {id(model[0].weight), id(model[1].bias)}
     paper, = training.Optimizer(model, "adamw", 0.02).parts
-    assert isinstance(paper, torch.optim.AdamW) and len(paper.param_groups[0]["params"]) == 3
+    assert isinstance(paper, torch.optim.AdamW)
+    decay = {id(p): group["weight_decay"] for group in paper.param_groups for p in group["params"]}
+    assert decay == {id(model[1].weight): 0.01, id(model[0].weight): 0, id(model[1].bias): 0}
 
 
 def test_a_steps_random_numbers_are_its_own_and_always_the_same():

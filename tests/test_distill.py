@@ -126,8 +126,8 @@ def test_the_discriminator_is_kept_as_it_was_trained(micro_run):
 def test_in_warm_up_the_adversarial_loss_is_off(micro_run, tmp_path):
     """All four steps of warm-up: the student is that of the distillation term alone."""
     students = []
-    for name, flags in (("warm-up", ["--d-warmup-steps", "4"]), ("alone", ["--adversarial", "0"]),
-                        ("on", ["--d-warmup-steps", "3"])):
+    for name, flags in (("warm-up", ["--d-warmup", "1"]), ("alone", ["--adversarial", "0"]),
+                        ("on", ["--d-warmup", "0.75"])):
         run = tmp_path / name
         run.mkdir()
         for file in "latents.pt", "dit.pt", "pruned.pt":

@@ -99,6 +99,15 @@ def test_what_a_run_does_not_have_is_left_out_with_a_word(reported, tmp_path, go
     assert ("Not yet" in page) == ("metrics.json" in gone)
 
 
+def test_scores_of_a_model_that_was_trained_anew_are_called_stale(reported, tmp_path):
+    copy_run(reported, tmp_path)
+    assert "Stale" not in (reported / "report.html").read_text()
+    checkpoint = torch.load(tmp_path / "student.pt", weights_only=True)
+    checkpoint["model"]["x_embedder.bias"] += 1
+    torch.save(checkpoint, tmp_path / "student.pt")
+    assert "Stale, measured before it was trained anew: student;" in report(tmp_path)
+
+
 def test_the_mask_map_fills_what_stays():
     masks = {"blocks": torch.tensor([1.0, 0]), "self_heads": torch.tensor([[1.0, 0, 1], [1, 1, 0]]),
              "cross_heads": torch.tensor([[0.0, 1, 1], [1, 1, 0]]), "ffn": torch.ones(2, 8)}
