@@ -492,8 +492,8 @@ def write_report(args, latents, vae, models, precision):
         args.run / "report.html", run=escape(str(args.run)),
         size="×".join(str(n) for n in clip_size), compare=compare, caption=escape(captions[-1]),
         left_out=f"Left out, since it is not there: {', '.join(missing)}." if missing else "",
-        unseen=escape("; ".join(unseen) or "none of them"), masks=masks, table=table,
-        stale=stale, trajectories=trajectories, curves=curves, metrics=escape(json.dumps(metrics, indent=1)))
+        unseen=escape("; ".join(unseen) or "none of them"), masks=masks, table=table, stale=stale,
+        trajectories=trajectories, curves=curves, metrics=escape(json.dumps(metrics, indent=1)))
     print(f"open {args.run / 'report.html'}")
 
 
