@@ -15,9 +15,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 is_main_process = RANK == 0  # the one process that writes files and prints
 
 
-# ------------------------------------------------------------ messages
-
-
 def warn(message):
     """Prints one line to stderr; unprintable characters become spaces."""
     if is_main_process:
@@ -55,9 +52,6 @@ def progress(items, **options):
                 **options)
 
 
-# ------------------------------------------------------------ types of flags
-
-
 def size(text):
     """'9x32x32' -> (9, 32, 32): time x height x width."""
     if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text):
@@ -88,9 +82,6 @@ def steps_of(preset_steps):
         return positive(text)
 
     return steps
-
-
-# ------------------------------------------------------------ flags that scripts share
 
 
 class Parser(argparse.ArgumentParser):
