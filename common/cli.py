@@ -32,6 +32,7 @@ def exit_with_error(message):
 
 def run_script(main):
     """Runs main; interrupts, disk and memory errors end in one line, without a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
     try:
         main()
     except KeyboardInterrupt:

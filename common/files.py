@@ -31,8 +31,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
-        # torch's error for a full disk hides the system's, which is its context.
-        cause = error.__context__ or error
+        # torch's error for a full disk hides the system's, which is its context, if it has one.
+        cause = error.__context__ or (error if isinstance(error, OSError) else "is the disk full?")
         cli.exit_with_error(f"cannot write {path}: {cause}; what was there before is untouched")
     finally:
         with contextlib.suppress(OSError):

@@ -3,8 +3,11 @@ concerns. All must end in one line that begins with `error: ` and in exit status
 as it was before. (Clips that cannot be used: test_data.py.)"""
 import importlib
 import io
+import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -24,6 +27,7 @@ COMMANDS = {  # name -> its script, flags with which it works, files that it rea
     "report": ("sample", "--report --sampling-steps 1", "masks", ""),  # and what --score reads
     "export": ("export_coreml", "", "student vae", "")}
 SCRIPTS = [*MICRO, "sample", "export"]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -220,6 +224,14 @@ def test_flags_that_do_not_fit(refused, name, flags, word):
 @pytest.mark.parametrize("flag", ["--seed=5", "--lr=0.5", "--batch-size=2"])
 def test_the_same_run_with_other_settings(refused, name, flag):
     refused(name, flag, word="was made with", is_done=True)
+
+
+def test_a_terminal_that_does_not_know_a_letter_is_told_all_the_same(run):
+    flags = ["--run", "run", "--prompt", "a red circle", "--out", "círculo.gif"]
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *flags], capture_output=True,
+                          env=dict(os.environ, PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0, done.stderr
+    assert b"c\\xedrculo.gif: 1 clip(s)" in done.stdout
 
 
 @pytest.mark.parametrize("prompt", ["", "... ?!", "purple elephant", "🎬🐸", "\x1b[2J", "<pad>"])
