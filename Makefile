@@ -23,7 +23,11 @@ HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS)) $(if $(PICTURES),--picture-share 
 
 demo: .venv/ready
 	$(PY) vae.py $(HOW) --data "$(DATA)" $(VAE)
+	$(PY) sample.py $(WHERE) --report
+	@printf 'Something to look at, to be reloaded later: $(RUN)/report.html, the VAE'"'"'s reconstructions\n'
 	$(PY) dit.py $(HOW)
+	$(PY) sample.py $(WHERE) --report
+	@printf 'Reload $(RUN)/report.html: clips by the teacher\n'
 	$(PY) prune.py $(HOW) $(if $(STEPS),--mask-steps $(STEPS))
 	$(PY) distill.py $(HOW)
 	$(PY) sample.py $(WHERE) --score

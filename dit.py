@@ -62,6 +62,7 @@ SIZES = ("width", "depth", "heads", "head_dim", "ffn")
 
 # ------------------------------------------------------------ the text
 
+
 class TextEncoder(nn.Module):
     """Token ids [b, m], or embeddings [b, m, text_dim] of a text encoder of your own -> text
     [b, m, width]. Both are padded with zeros, and the positions are learned: so is what a padded
@@ -222,9 +223,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [b, n, width], the embedded noise level, grid (frames, height, width) -> velocity
-    [b, c, t, h, w].
-    Starts at zero: an untrained DiT is the zero function."""
+    """Tokens [b, n, width], the embedded noise level [b, time_dim], grid (frames, height, width)
+    -> velocity [b, c, t, h, w]. Starts at zero: an untrained DiT is the zero function."""
 
     def __init__(self, width, time_dim, latent_channels):
         super().__init__()
@@ -295,60 +295,6 @@ class DiT(nn.Module):
         return (velocity, features) if return_features else velocity
 
 
-# ------------------------------------------------------------ rectified flow
-
-
-def per_clip(t):
-    """Levels [b] -> [b, 1, 1, 1, 1], to be combined with latents."""
-    return t.view(-1, 1, 1, 1, 1)
-
-
-def add_noise(x0, noise, t):
-    """x_t on the straight line from x0 to noise, both [b, c, t, h, w]; t: [b]."""
-    return (1 - per_clip(t)) * x0 + per_clip(t) * noise
-
-
-def logit_normal(n, generator, mean=0.0):
-    """Noise levels [n] in (0, 1), most of them in the middle, where the velocity is hardest to
-    predict (https://arxiv.org/abs/2403.03206)."""
-    return torch.sigmoid(mean + torch.randn(n, generator=generator))
-
-
-def flow_loss(dit, x0, prompts, noise, t, masks=None):
-    """Flow matching (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged
-    over all numbers of the batch: clips, channels, frames, height, width, each weighing the same.
-    x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim]; t: [b]."""
-    velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
-    return F.mse_loss(velocity.float(), noise - x0)
-
-
-def guided_velocity(dit, x_t, t, text, empty, cfg):
-    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): velocity without the caption +
-    cfg * (with - without). cfg = 1 is the caption alone, for half the evaluations. text, empty:
-    [b, m, width]. -> [b, c, t, h, w]"""
-    if cfg == 1:
-        return dit(x_t, t, text).float()
-    both = dit(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, empty])).float()
-    conditional, unconditional = both.chunk(2)
-    return unconditional + cfg * (conditional - unconditional)
-
-
-@torch.no_grad()
-def sample_euler(dit, noise, prompts, steps, cfg):
-    """The teacher's sampler: integrates the ODE from noise [b, c, t, h, w] at t = 1 to latents at
-    t = 0 in `steps` equal Euler steps along the velocity. With cfg other than 1 a step costs two
-    evaluations: 80 for 40 steps. Yields t, x_t, and the clean x0 to which the velocity points; the
-    last x0 is the sample."""
-    text = dit.text_encoder(prompts)
-    empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
-    x_t = noise
-    levels = torch.linspace(1, 0, steps + 1, device=noise.device)
-    for t, t_next in zip(levels, levels[1:]):
-        velocity = guided_velocity(dit, x_t, t.expand(len(x_t)), text, empty, cfg)
-        yield t, x_t, x_t - t * velocity
-        x_t = x_t + (t_next - t) * velocity
-
-
 # ------------------------------------------------------------ from a file
 
 
@@ -404,6 +350,60 @@ def print_cost(name, config, args):
 def add_dry_run(p):
     p.add_argument("--dry-run", nargs="?", type=cli.size, const=(), metavar="TxHxW",
                    help="only say what the preset's size costs, on clips of this size")
+
+
+# ------------------------------------------------------------ rectified flow
+
+
+def per_clip(t):
+    """Levels [b] -> [b, 1, 1, 1, 1], to be combined with latents."""
+    return t.view(-1, 1, 1, 1, 1)
+
+
+def add_noise(x0, noise, t):
+    """x_t on the straight line from x0 to noise, both [b, c, t, h, w]; t: [b]."""
+    return (1 - per_clip(t)) * x0 + per_clip(t) * noise
+
+
+def logit_normal(n, generator, mean=0.0):
+    """Noise levels [n] in (0, 1), most of them in the middle, where the velocity is hardest to
+    predict (https://arxiv.org/abs/2403.03206)."""
+    return torch.sigmoid(mean + torch.randn(n, generator=generator))
+
+
+def flow_loss(dit, x0, prompts, noise, t, masks=None):
+    """Flow matching (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged
+    over all numbers of the batch: clips, channels, frames, height, width, each weighing the same.
+    x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim]; t: [b]."""
+    velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
+    return F.mse_loss(velocity.float(), noise - x0)
+
+
+def guided_velocity(dit, x_t, t, text, empty, cfg):
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): velocity without the caption +
+    cfg * (with - without). cfg = 1 is the caption alone, for half the evaluations. text, empty:
+    [b, m, width]. -> [b, c, t, h, w]"""
+    if cfg == 1:
+        return dit(x_t, t, text).float()
+    both = dit(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, empty])).float()
+    conditional, unconditional = both.chunk(2)
+    return unconditional + cfg * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample_euler(dit, noise, prompts, steps, cfg):
+    """The teacher's sampler: integrates the ODE from noise [b, c, t, h, w] at t = 1 to latents at
+    t = 0 in `steps` equal Euler steps along the velocity. With cfg other than 1 a step costs two
+    evaluations: 80 for 40 steps. Yields t, x_t, and the clean x0 to which the velocity points; the
+    last x0 is the sample."""
+    text = dit.text_encoder(prompts)
+    empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
+    x_t = noise
+    levels = torch.linspace(1, 0, steps + 1, device=noise.device)
+    for t, t_next in zip(levels, levels[1:]):
+        velocity = guided_velocity(dit, x_t, t.expand(len(x_t)), text, empty, cfg)
+        yield t, x_t, x_t - t * velocity
+        x_t = x_t + (t_next - t) * velocity
 
 
 # ------------------------------------------------------------ the training

@@ -23,7 +23,7 @@ multiple of rt. Latent frame 0 holds pixel frame 0; latent frame i >= 1 holds pi
     python vae.py                                   # built-in `shapes` -> vae.pt, latents.pt
     python vae.py --data my_clips --run runs/mine   # a folder of clips with captions
 
-Reading order: the model, the loss, the training.
+Reading order: the model, what it leaves for later stages, the loss and the training.
 """
 import math
 from pathlib import Path
@@ -246,19 +246,6 @@ def latent_size(clip_size, ratio):
     return 1 + (frames - 1) // rt, height // rs, width // rs
 
 
-def vae_loss(vae, x, noise, kl_weight):
-    """-> the loss in dB: kl_weight * KL divergence to N(0, 1) in nats, mean over latent numbers
-    (https://arxiv.org/abs/1312.6114), minus the PSNR in dB, mean over clips; and the PSNR alone.
-    noise: standard normal, in the latents' shape. Our reading: the logarithm of the squared error,
-    so that clips whose error is small still have much to win."""
-    mean, logvar = vae.encode(x)
-    reconstruction = vae.decode(mean + noise * (0.5 * logvar).exp()).float()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
-    mse = (reconstruction - x).square().mean((1, 2, 3, 4))
-    psnr_db = 10 * torch.log10(4 / (mse + 1e-5)).mean()  # a flat clip cannot count beyond 56 dB
-    return kl_weight * kl - psnr_db, psnr_db
-
-
 @torch.no_grad()
 def psnr(vae, clips, precision):
     """Peak signal-to-noise ratio in dB, mean over clips; clips: an iterable of [b, 3, t, h, w] in
@@ -284,16 +271,7 @@ def load_vae(path, device, vae_checksum):
     return vae.to(device).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------ the training
-
-
-def random_crop(clips, crop, generator):
-    """[b, 3, t, h, w] -> [b, 3, *crop], the same place in all clips."""
-    for axis, length in enumerate(crop, start=2):
-        places = clips.shape[axis] - length + 1
-        first = torch.randint(places, (), generator=generator).item()
-        clips = clips.narrow(axis, first, length)
-    return clips
+# ------------------------------------------------------------ what a trained VAE leaves
 
 
 @torch.no_grad()
@@ -371,6 +349,31 @@ def parse_arguments(argv):
     if args.crop and any(part > whole for part, whole in zip(args.crop, args.size)):
         cli.exit_with_error(f"--crop {args.crop} is larger than the clips, --size {args.size}")
     return args
+
+
+# ------------------------------------------------------------ the loss and the training
+
+
+def vae_loss(vae, x, noise, kl_weight):
+    """-> the loss in dB: kl_weight * KL divergence to N(0, 1) in nats, mean over latent numbers
+    (https://arxiv.org/abs/1312.6114), minus the PSNR in dB, mean over clips; and the PSNR alone.
+    noise: standard normal, in the latents' shape. Our reading: the logarithm of the squared error,
+    so that clips whose error is small still have much to win."""
+    mean, logvar = vae.encode(x)
+    reconstruction = vae.decode(mean + noise * (0.5 * logvar).exp()).float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    mse = (reconstruction - x).square().mean((1, 2, 3, 4))
+    psnr_db = 10 * torch.log10(4 / (mse + 1e-5)).mean()  # a flat clip cannot count beyond 56 dB
+    return kl_weight * kl - psnr_db, psnr_db
+
+
+def random_crop(clips, crop, generator):
+    """[b, 3, t, h, w] -> [b, 3, *crop], the same place in all clips."""
+    for axis, length in enumerate(crop, start=2):
+        places = clips.shape[axis] - length + 1
+        first = torch.randint(places, (), generator=generator).item()
+        clips = clips.narrow(axis, first, length)
+    return clips
 
 
 def main(argv=None):
