@@ -269,15 +269,15 @@ def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimiz
             loss = loss + args.distillation * distillation
             values["distillation"] = distillation
         if args.adversarial:
-            generator_loss = torch.zeros_like(loss)  # in warm-up
+            adversarial = torch.zeros_like(loss)  # in warm-up
             if step >= args.d_warmup * args.steps:
                 # The gradient passes through all of the discriminator, frozen blocks too, to
                 # `fake`; below only the student's own is asked for.
                 with precision():
                     scores = discriminator(add_noise(fake, s_noise, s), s, prompts)
-                generator_loss = -scores.mean()
-                loss = loss + args.adversarial * generator_loss
-            values["generator"] = generator_loss
+                adversarial = -scores.mean()
+                loss = loss + args.adversarial * adversarial
+            values["adversarial"] = adversarial
         loss.backward(inputs=list(student.parameters()))
         training.average_gradients(student.parameters())
         values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)

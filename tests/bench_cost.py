@@ -22,9 +22,9 @@ from statistics import linear_regression, median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import Optimizer, count_parameters, set_up, size  # noqa: E402
+from common import cli, training  # noqa: E402
+from common.coreml_evaluator import as_list, read_program, schedule, tensor_bytes  # noqa: E402
 from dit import PRESETS, DiT, flow_loss, forward_flops, planned_config  # noqa: E402
-from export_coreml import as_list, read_program, schedule, tensor_bytes  # noqa: E402
 from prune import PRESETS as PRUNE_PRESETS  # noqa: E402
 
 PRODUCT_FLOPS = 2 * 4096 ** 3
@@ -38,13 +38,13 @@ def seconds(*runs, device, rounds, warm_up=1):
     """Median seconds of each, in turn, so that a slow moment of the machine meets them all."""
     times = [[] for _ in runs]
     for _ in range(warm_up + rounds):
-        for run, of_run in zip(runs, times):
+        for run, run_times in zip(runs, times):
             start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            of_run.append(time.perf_counter() - start)
-    return [median(of_run[warm_up:]) for of_run in times]
+            run_times.append(time.perf_counter() - start)
+    return [median(run_times[warm_up:]) for run_times in times]
 
 
 def matrix_product(device, dtype):
@@ -68,7 +68,7 @@ def ratios(device, precision, rounds):
     rate = PRODUCT_FLOPS / product_seconds
     measured = {}
     for ratio in "8x64x64", "8x32x32", "8x16x16", "4x16x16":
-        rt, rs, _ = size(ratio)
+        rt, rs, _ = cli.size(ratio)
         grid = 1 + 48 // rt, 384 // rs, 512 // rs
         tokens = math.prod(grid)
         x_t = torch.randn(1, config["latent_channels"], *grid, device=device, dtype=dtype)
@@ -88,7 +88,7 @@ def ratios(device, precision, rounds):
 def training_step(config, grid, batch, device, precision, optimizer_name="adamw"):
     """-> a function of no arguments that does one."""
     dit = DiT(**config).to(device)
-    optimizer = Optimizer(dit, optimizer_name, 1e-4, precision)
+    optimizer = training.Optimizer(dit, optimizer_name, 1e-4, precision)
     x0, noise = torch.randn(2, batch, config["latent_channels"], *grid, device=device)
     t = torch.rand(batch, device=device)
     tokens = torch.ones(batch, config["text_tokens"], device=device).long()
@@ -125,7 +125,7 @@ def curves(device, precision, rounds):
     times = []
     for width in 256, 512, 768, 1024:
         config = MEDIUM | dict(width=width, heads=width // 64, ffn=4 * width)
-        params.append(count_parameters(DiT(**config)))
+        params.append(training.count_parameters(DiT(**config)))
         times.append(seconds_of(config, (4, 12, 16)))
         print(f"{params[-1] / 1e6:5.1f} M parameters: {times[-1]:.3f} s per step of 768 tokens")
     print(f"seconds grow as parameters^{exponent(params, times):.2f} (predicted 1)")
@@ -199,7 +199,7 @@ def main():
     if args.what == "phone":
         phone(args.coreml)
         return
-    device, precision = set_up(args)
+    device, precision = training.set_up(args)
     torch.manual_seed(0)
     measure = {"ratios": ratios, "curves": curves, "steps": steps}[args.what]
     measure(device, precision, args.rounds)

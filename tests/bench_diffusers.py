@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import Optimizer, set_up  # noqa: E402
+from common import training  # noqa: E402
 from dit import DiT, flow_loss  # noqa: E402
 
 GRID = 7, 12, 16  # 49x384x512 at 8x32x32: 1,344 tokens
@@ -59,7 +59,7 @@ def contestants(width, device):
 
 def compare(pair, task, precision, device, rounds):
     """-> {name: seconds of each round}."""
-    optimizers = {name: Optimizer(model, "adamw", 1e-5) for name, (model, _) in pair.items()}
+    optimizers = {name: training.Optimizer(model, "adamw", 1e-5) for name, (model, _) in pair.items()}
     seconds = {name: [] for name in pair}
     for _ in range(WARM_UP + rounds):
         for name, (_, loss_fn) in pair.items():
@@ -92,7 +92,7 @@ def main():
     sys.path.append(str(args.packages.resolve()))  # last: torch and NumPy stay ours
     for width in args.widths:
         for dtype in "float32", "bfloat16":
-            device, precision = set_up(SimpleNamespace(device=args.device, dtype=dtype))
+            device, precision = training.set_up(SimpleNamespace(device=args.device, dtype=dtype))
             pair = contestants(width, device)
             if args.compile:
                 pair = {name: (model, torch.compile(f)) for name, (model, f) in pair.items()}

@@ -21,7 +21,7 @@ from common import data  # noqa: E402
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-# A shell starts what runs in the background deaf to Ctrl-C.
+# A shell starts what runs in the background with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 data.TEST_CLIPS = 96  # every combination once, in place of 512 clips: seconds per run of vae.py
 

@@ -72,13 +72,13 @@ def vae_row(ratio, dit_steps):
 
 # table -> its columns, and its rows: {name: command, or commands}.
 TABLES = {
-    "scores": (  # known to be worse and worse: taught for less and less time, deaf to the caption
+    "scores": (  # known to be worse and worse: less and less training, the caption ignored
         columns("validation_loss", *ALIGNMENT, *ASPECTS, *MOTION, "frechet"),
         {"teacher, 900 steps": "dit.py",
          "teacher, 300 steps": "dit.py --steps 300",
          "teacher, 100 steps": "dit.py --steps 100",
          "teacher, 30 steps": "dit.py --steps 30",
-         "teacher, 900 steps, without the caption": f"{SCORE} --cfg 0"}),
+         "teacher, 900 steps, CFG scale 0": f"{SCORE} --cfg 0"}),
     "vae": (
         [*VAE_COLUMNS, *columns(*ALIGNMENT, *ASPECTS, *MOTION, "frechet")],
         {"4x16x16: 192 tokens, 150 steps": vae_row("4x16x16", 150),

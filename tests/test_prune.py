@@ -146,8 +146,8 @@ def test_kd_asks_the_same_of_a_masked_student_and_of_its_dense_cut(micro_dit):
     dense = prune.cut(micro_dit, masks)
     kept_blocks = masks["blocks"].nonzero().flatten().tolist()
     kd = ["output", "features"]
-    of_masked = prune.kd_loss(micro_dit, micro_dit, a_batch(), kd, masks)
-    of_dense = prune.kd_loss(dense, micro_dit, a_batch(), kd, None, kept_blocks)
-    torch.testing.assert_close(of_dense, of_masked)
+    loss_masked = prune.kd_loss(micro_dit, micro_dit, a_batch(), kd, masks)
+    loss_dense = prune.kd_loss(dense, micro_dit, a_batch(), kd, None, kept_blocks)
+    torch.testing.assert_close(loss_dense, loss_masked)
     elsewhere = prune.kd_loss(dense, micro_dit, a_batch(), kd, None, [1, 0])
-    assert not torch.allclose(of_dense, elsewhere)
+    assert not torch.allclose(loss_dense, elsewhere)
