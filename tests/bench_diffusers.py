@@ -59,7 +59,8 @@ def contestants(width, device):
 
 def compare(pair, task, precision, device, rounds):
     """-> {name: seconds of each round}."""
-    optimizers = {name: training.Optimizer(model, "adamw", 1e-5) for name, (model, _) in pair.items()}
+    optimizers = {name: training.Optimizer(model, "adamw", 1e-5)
+                  for name, (model, _) in pair.items()}
     seconds = {name: [] for name in pair}
     for _ in range(WARM_UP + rounds):
         for name, (_, loss_fn) in pair.items():
