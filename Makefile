@@ -2,7 +2,7 @@
 # make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md
 # make demo DATA=my_media PICTURES=0.2     on clips and pictures: these in a fifth of the steps
 # make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
-# make demo FLAGS="--optimizer adamw"      more flags for the four training scripts
+# make demo FLAGS="--gradient-checkpointing"   more flags for the four training scripts
 # make demo VAE="--crop 9x32x32"           more flags for vae.py
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,

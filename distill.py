@@ -1,26 +1,29 @@
 """Adversarial step distillation: 40 guided steps (80 evaluations) become 4 steps (4 evaluations).
 
 The idea (paper, adversarial step distillation). The student learns to jump from any of four noise
-levels straight to clean latents. A discriminator, made for a DiT, tells its results from real
-latents. Stated: it inherits the generator's first K blocks, frozen, as a time-conditioned feature
-parser, and adds learnable layers with full 3D attention and cross-attention to the text. Result:
-4 steps without classifier-free guidance (CFG).
+levels straight to clean latents (our reading). A discriminator, made for a DiT, tells its results
+from real latents. Stated: it inherits the generator's first K blocks, frozen, as a time-conditioned
+feature parser, and adds learnable layers with full 3D attention and cross-attention to the text.
+Result: 4 steps without classifier-free guidance (CFG).
 
-    x_t at one of 4 levels --> generator (starts as the pruned DiT) --> x0 = x_t - t * velocity
-                                                                          |  noise again, level s,
-    caption, s, noisy real or generated latents                           v  on real ones as well
+    x_t at one of 4 levels --> generator: the student, at first --> x0 = x_t - t * velocity
+                               the pruned DiT                         |  noise again, level s,
+    caption, s, noisy real or generated latents                       v  on real ones as well
          --> K frozen blocks --> trainable blocks --> one score per token --> mean: real or not
              (never trained)     (3D attention, cross-attention)
 
 Our reading: the four levels; the hinge loss; the discriminator sees real and generated latents with
-the same noise at the same low level s; the shared modulation is frozen, too; the adversarial loss
-is off during some warm-up steps, or the student overpowers the discriminator; x0 is noised again
-between sampling steps; a distillation term, pseudo-Huber, pulls x0 towards the end of the teacher's
-CFG trajectory from the same x_t.
+the same noise at the same low level s (logit-normal, median 0.08); the shared modulation is frozen,
+too; the adversarial loss is off during some warm-up steps, or the student overpowers the
+discriminator; x0 is noised again between sampling steps; a distillation term, pseudo-Huber, pulls
+x0 towards the end of the teacher's CFG trajectory from the same x_t, in --teacher-steps Euler steps
+(8 at tiny, not sampling's 40).
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
-    python distill.py --run runs/x --adversarial 0    # with copies of its inputs: one term alone
+    python distill.py --run runs/x --adversarial 0    # the distillation term alone
     python distill.py --run runs/y --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2
+
+For other runs copy latents.pt, dit.pt and pruned.pt into a folder of their own.
 """
 import argparse
 import copy
@@ -32,7 +35,7 @@ from einops import rearrange
 from torch import nn
 
 from common import cli, data, files, training
-from dit import Block, add_noise, guided_velocity, load_dit, logit_normal, per_clip
+from dit import CFG_SCALE, Block, add_noise, guided_velocity, load_dit, logit_normal, per_clip
 from vae import RMSNorm
 
 PRESETS = {
@@ -41,11 +44,11 @@ PRESETS = {
         trainable_blocks=1,  # of the same kind, on top
         teacher_steps=8,     # Euler steps, for the target
         steps=100,
-        batch_size=32,
+        batch_size=32,       # clips per step
         lr=0.02,             # half of the teacher's: the student starts as a trained model
-        d_lr=0.02,
+        d_lr=0.02,           # the discriminator's, as the student's
         d_warmup=0.1,        # fraction of the steps in which the adversarial loss is off
-        optimizer="muon",
+        optimizer="muon",    # further than AdamW in few steps
         ema=0.95),           # the average of about the last 20 steps
     "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
                 lr=0.002, d_lr=0.01, d_warmup=0.03, optimizer="muon", ema=0.999),
@@ -65,9 +68,9 @@ def predict_x0(dit, x_t, t, text):
 
 
 def student_timesteps(steps, shift=3.0):
-    """The levels at which the jumps of a `steps`-step student start: 1, 0.9, 0.75, 0.5 for four.
-    Shifted towards noise (https://arxiv.org/abs/2403.03206), where what the clip shows is decided:
-    below 1/2 hardly anything is. Later stages read them from the checkpoint."""
+    """The levels ("timesteps" in files) at which a student's jumps start: 1, 0.9, 0.75, 0.5 for
+    four. Shifted towards noise (https://arxiv.org/abs/2403.03206), where what the clip shows is
+    decided: below 1/2 hardly anything is. Later stages read them from the checkpoint."""
     t = torch.linspace(1, 0, steps + 1)[:-1]
     return (shift * t / (1 + (shift - 1) * t)).tolist()
 
@@ -197,17 +200,18 @@ def parse_arguments(argv):
     p.add_argument("--d-warmup", type=cli.number(0, 1),
                    help="fraction of the steps, at the start, without the adversarial loss")
     p.add_argument("--d-noise-level", type=cli.number(-20, 20), default=-2.5,
-                   help="noise level of the discriminator's inputs: mean of the logit of s; -2.5 "
-                        "is about 0.08")
+                   help="noise level s of the discriminator's inputs: mean of its logit (std 1); "
+                        "-2.5: median 0.08, 90 %% of them from 0.02 to 0.3")
     p.add_argument("--adversarial", type=cli.number(0), default=0.03,
                    help="weight of the adversarial loss; 0: no discriminator")
     p.add_argument("--distillation", type=cli.number(0), default=1.0,
                    help="weight of the distillation term")
-    p.add_argument("--cfg", type=cli.number(0), default=2.0,
+    p.add_argument("--cfg", type=cli.number(0), default=CFG_SCALE,
                    help="classifier-free guidance scale of the teacher")
     p.add_argument("--teacher-steps", type=cli.positive,
                    help="Euler steps of the teacher for a target")
-    cli.add_file(p, "--discriminator", "discriminator.pt", "written if --adversarial is not 0")
+    cli.add_file(p, "--discriminator", "discriminator.pt",
+                 "the discriminator, written unless --adversarial is 0")
     cli.add_file(p, "--pruned", "pruned.pt", "where the student starts, from prune.py")
     cli.add_file(p, "--teacher", "dit.pt", "the CFG teacher, from dit.py")
     cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
@@ -264,7 +268,8 @@ def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimiz
         if args.distillation:
             with precision():
                 target = teacher_endpoint(teacher, x_t, t, prompts, args.cfg, args.teacher_steps)
-            # Pseudo-Huber: where the outcome is open, a squared error would want the blurred mean.
+            # Pseudo-Huber, of scale 0.1 where latents have a std of 1: where the outcome is open, a
+            # squared error would want the blurred mean.
             distillation = ((fake - target).square() + 0.01).sqrt().mean() - 0.1  # 0 if equal
             loss = loss + args.distillation * distillation
             values["distillation"] = distillation

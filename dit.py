@@ -41,23 +41,25 @@ PRESETS = {
     "tiny": dict(
         width=128,           # channels of a token
         depth=7,             # blocks; a quarter of the paper's, as are the heads
-        heads=8,
-        head_dim=16,
+        heads=8,             # heads x head_dim is the width, as in the paper's reading
+        head_dim=16,         # channels of a head
         ffn=512,             # hidden channels, four times the width
         steps=900,
-        batch_size=32,
+        batch_size=32,       # clips per step
         lr=0.04,             # Muon's
-        optimizer="muon",
+        optimizer="muon",    # further than AdamW in few steps
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128,
                 lr=0.02, optimizer="muon", ema=0.9995),
-    # Stated: the sizes, AdamW, its rate. The paper's teacher, on the phone's clips; prune.py cuts
-    # the phone's model out of it.
+    # Stated: depth, heads, FFN, AdamW, its rate. The paper's teacher, on the phone's clips;
+    # prune.py cuts the phone's model out of it.
     "mobile": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000,
                    batch_size=256, lr=5e-5, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"]
 
+TEACHER_STEPS = 40  # stated: with guidance 80 function evaluations
+CFG_SCALE = 2.0     # our reading: 3 makes rougher outlines
 SIZES = ("width", "depth", "heads", "head_dim", "ffn")
 
 # ------------------------------------------------------------ the text
@@ -65,8 +67,8 @@ SIZES = ("width", "depth", "heads", "head_dim", "ffn")
 
 class TextEncoder(nn.Module):
     """Token ids [b, m], or embeddings [b, m, text_dim] of a text encoder of your own -> text
-    [b, m, width]. Both are padded with zeros, and the positions are learned: so is what a padded
-    one means."""
+    [b, m, width]. Padding is zeros and is not masked: position embeddings are learned, so the model
+    learns what a padded position means."""
 
     def __init__(self, width, vocabulary, text_tokens, text_dim):
         super().__init__()
@@ -99,8 +101,9 @@ def rope_angles(frames, height, width, head_dim, device):
         axes.append(torch.arange(length, device=device, dtype=torch.float32))
     grid = torch.meshgrid(*axes, indexing="ij")
     angles = []
-    for position, n in zip(grid, (pairs - 2 * spatial, spatial, spatial)):
-        frequency = 100 ** (-torch.arange(n, device=device, dtype=torch.float32) / n)
+    for position, axis_pairs in zip(grid, (pairs - 2 * spatial, spatial, spatial)):
+        exponent = torch.arange(axis_pairs, device=device, dtype=torch.float32) / axis_pairs
+        frequency = 100 ** -exponent
         angles.append(position.reshape(-1, 1) * frequency)
     return torch.cat(angles, dim=1)
 
@@ -138,8 +141,7 @@ class Attention(nn.Module):
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
-        # Under autocast the norms are float32: one type for all.
-        x = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)  # [b, heads, n, d]
+        x = F.scaled_dot_product_attention(q, k, v)  # [b, heads, n, d]
         if head_mask is not None:
             x = x * head_mask[:, None, None]
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -212,9 +214,9 @@ class Block(nn.Module):
         block_mask = masks.get("blocks", 1)
         signals = (modulation + self.scale_shift_table).unsqueeze(2)  # [b, 6, 1, width]
         shift1, scale1, gate1, shift2, scale2, gate2 = signals.unbind(1)
-        # Under autocast the norm is float32: cast once, for q, k and v.
-        update = modulate(self.norm1(x), shift1, scale1).type_as(modulation)
-        update = self.self_attention(update, update, rope, masks.get("self_heads"))
+        # Under autocast x, the residual stream, is float32: cast once, for q and kv.
+        hidden = modulate(self.norm1(x), shift1, scale1).type_as(modulation)
+        update = self.self_attention(hidden, hidden, rope, masks.get("self_heads"))
         x = x + block_mask * gate1 * update
         update = self.cross_attention(self.norm2(x), text, head_mask=masks.get("cross_heads"))
         x = x + block_mask * update
@@ -243,8 +245,9 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """depth: blocks; vocabulary: words known; text_tokens: tokens per caption; text_dim: channels
-    of text embeddings of your own (0: the built-in text encoder). `config` rebuilds it."""
+    """depth: blocks; vocabulary: number of known words, padding included; text_tokens: tokens per
+    caption; text_dim: channels of text embeddings of your own (0: the built-in text encoder).
+    `config` rebuilds it."""
 
     def __init__(self, latent_channels, width, depth, heads, head_dim, ffn, vocabulary, text_tokens,
                  text_dim=0):
@@ -349,7 +352,7 @@ def print_cost(name, config, args):
 
 def add_dry_run(p):
     p.add_argument("--dry-run", nargs="?", type=cli.size, const=(), metavar="TxHxW",
-                   help="only say what the preset's size costs, on clips of this size")
+                   help="only print what the preset's size costs, on clips of this size")
 
 
 # ------------------------------------------------------------ rectified flow
@@ -366,15 +369,18 @@ def add_noise(x0, noise, t):
 
 
 def logit_normal(n, generator, mean=0.0):
-    """Noise levels [n] in (0, 1), most of them in the middle, where the velocity is hardest to
-    predict (https://arxiv.org/abs/2403.03206)."""
+    """Noise levels [n] in (0, 1): the sigmoid of N(mean, 1) (https://arxiv.org/abs/2403.03206).
+    With mean 0 most are in the middle, where the velocity is hardest to predict; a negative mean is
+    nearer to data."""
     return torch.sigmoid(mean + torch.randn(n, generator=generator))
 
 
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
-    """Flow matching (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged
-    over all numbers of the batch: clips, channels, frames, height, width, each weighing the same.
-    x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim]; t: [b]."""
+    """Flow matching (https://arxiv.org/abs/2210.02747) along rectified flow's straight lines
+    (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged over all numbers
+    of the batch: clips, channels, frames, height, width, each weighing the same, at levels t as
+    they were drawn (logit-normal). x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim];
+    t: [b]."""
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
     return F.mse_loss(velocity.float(), noise - x0)
 
@@ -394,8 +400,8 @@ def guided_velocity(dit, x_t, t, text, empty, cfg):
 def sample_euler(dit, noise, prompts, steps, cfg):
     """The teacher's sampler: integrates the ODE from noise [b, c, t, h, w] at t = 1 to latents at
     t = 0 in `steps` equal Euler steps along the velocity. With cfg other than 1 a step costs two
-    evaluations: 80 for 40 steps. Yields t, x_t, and the clean x0 to which the velocity points; the
-    last x0 is the sample."""
+    evaluations: 80 for 40 steps. Yields t (a 0-dimensional tensor), x_t, and the clean x0 to which
+    the velocity points; the last x0 is the sample."""
     text = dit.text_encoder(prompts)
     empty = dit.text_encoder(dit.text_encoder.empty.expand_as(prompts))
     x_t = noise
@@ -454,7 +460,7 @@ def main(argv=None):
     training.stop_if_done([args.out], settings, "dit", "prune.py")
 
     torch.manual_seed(args.seed)
-    dit = DiT(latent_channels=latents.latents.shape[1], text_dim=latents.text_dim,
+    dit = DiT(latent_channels=latents.metadata["latent_shape"][0], text_dim=latents.text_dim,
               vocabulary=len(latents.metadata["vocabulary"]),
               text_tokens=latents.metadata["text_tokens"], **sizes).to(device)
     dit.text_encoder.empty[:] = latents.empty

@@ -5,17 +5,20 @@ its second version a tiled GEMM for the FFN. Our reading: four ML programs, floa
 iOS 18, fixed shapes, no tensor of more than five dimensions.
 
     package        calls  inputs                            outputs
-    text_encoder   1      words [1, m] int32                text [1, m, width]
+    text_encoder   1      token_ids [1, m] int32              text [1, m, width]
     generator      4      x_t [1, c, t, h, w], t [1], text  x0 [1, c, t, h, w]
     decoder_first  1      latent [1, c, 1, h, w]            frames [1, 3, 1, height, width], caches
-    decoder        t - 1  latent, caches                    frames [1, 3, rt, height, width], caches
+    decoder        rest   latent, caches                    frames [1, 3, rt, height, width], caches
 
+(rest: one call for each latent frame after the first.)
 Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
 it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
 manifest.json holds all that it needs: the order of calls, names, shapes, timesteps, vocabulary.
 
 Each saved package is read back from disk and evaluated with torch, operation by operation
-(common/coreml_evaluator.py), and compared with the PyTorch module that it came from.
+(common/coreml_evaluator.py), and compared with the PyTorch module that it came from. float16 ends
+at 65,504: norms, the only squares, are written so that they stay below; any other overflow is an
+error of the check.
 
     python export_coreml.py            # runs/tiny/student.pt, vae.pt -> runs/tiny/coreml/
     python export_coreml.py --check    # only verify what is there
@@ -54,7 +57,8 @@ class Float16RMSNorm(RMSNorm):
 
     def forward(self, x):
         largest = x.abs().amax(self.axis, keepdim=True).clamp(min=1e-3)
-        root = largest.clamp(max=1e-3)  # a tensor: Core ML adds 1e-4 to what divides a number
+        # As a tensor: of number / x Core ML makes an inverse, which adds 1e-4 to x.
+        root = largest.clamp(max=1e-3)
         return super().forward(x / largest, (root / largest).square())
 
 
@@ -118,10 +122,10 @@ def for_phone(module, ffn_tiles):
     return phone_module
 
 
-# ------------------------------------------------------------ the programs
+# ------------------------------------------------------------ what becomes a package
 
 
-class Program(nn.Module):
+class PackageModule(nn.Module):
     """What becomes a package: function(part, *tensors), with names for what goes in and comes out.
     part: the module that has the weights."""
 
@@ -159,19 +163,19 @@ def decode_next(vae, latent, *caches):
     return (frames / 2 + 0.5).clamp(0, 1), *next_caches
 
 
-def programs(dit, vae):
-    """-> {package: Program}, in the order of the calls. An app keeps tensors by name, gives each
-    package those that it asks for, and keeps what comes out, next_NAME as NAME."""
-    prompts = "embedding" if dit.config["text_dim"] else "words"
+def package_modules(dit, vae):
+    """-> {package: PackageModule}, in the order of the calls. An app keeps tensors by name, gives
+    each package those that it asks for, and keeps what comes out, next_NAME as NAME."""
+    prompts = "embedding" if dit.config["text_dim"] else "token_ids"
     decoder = with_classes(vae, {CausalConv3d: StreamingCausalConv3d, Upsample: StreamingUpsample})
     caches = [f"cache_{i}" for i in range(len(convolutions_over_time(decoder)))]
     # Core ML Tools refuses an output with the name of an input.
-    frames = ["frames", *(f"next_{name}" for name in caches)]
+    outputs = ["frames", *(f"next_{name}" for name in caches)]
     return {
-        "text_encoder": Program(encode_text, dit.text_encoder, [prompts], ["text"]),
-        "generator": Program(predict_x0, dit, ["x_t", "t", "text"], ["x0"]),
-        "decoder_first": Program(decode_next, decoder, ["latent"], frames),
-        "decoder": Program(decode_next, decoder, ["latent", *caches], frames)}
+        "text_encoder": PackageModule(encode_text, dit.text_encoder, [prompts], ["text"]),
+        "generator": PackageModule(predict_x0, dit, ["x_t", "t", "text"], ["x0"]),
+        "decoder_first": PackageModule(decode_next, decoder, ["latent"], outputs),
+        "decoder": PackageModule(decode_next, decoder, ["latent", *caches], outputs)}
 
 
 def call_module(module, values):
@@ -225,10 +229,10 @@ def describe(args, checkpoint, folder, names):
                              "encoder of the training captions, your own, padded with zeros")
     else:
         text = dict(
-            vocabulary=checkpoint["vocabulary"], words=checkpoint["text_tokens"],
+            vocabulary=checkpoint["vocabulary"], text_tokens=checkpoint["text_tokens"],
             tokenise="lower case; runs of letters, digits and underscores; their indices in "
-                     "vocabulary, without those that are not in it; cut to `words` of them, or "
-                     f"padded with {data.PAD}")
+                     "vocabulary, without those that are not in it; cut to `text_tokens` of them, "
+                     f"or padded with {data.PAD}")
     return dict(
         packages=packages,
         order=["keep tensors by name: give a package those that it asks for, keep what comes "
@@ -249,7 +253,7 @@ def export(args, modules, checkpoint, prompts, folder):
     """Converts every program into `folder`, and writes manifest.json beside them."""
     start = time.perf_counter()
     x_t = torch.randn(1, *checkpoint["latent_shape"])
-    values = {"words": prompts, "embedding": prompts, "t": torch.ones(1), "x_t": x_t,
+    values = {"token_ids": prompts, "embedding": prompts, "t": torch.ones(1), "x_t": x_t,
               "latent": x_t[:, :, :1]}
     for name, module in modules.items():
         convert(module, values, folder / f"{name}.mlpackage", args.ffn_tiles)
@@ -292,7 +296,7 @@ def sample_packages(manifest, call, prompts, noise_per_step):
     """The loop of an app, from a manifest and call(package, {name: tensor}) -> {name: tensor}
     alone. prompts: what the text encoder reads; noise_per_step: [steps, 1, c, t, h, w]. -> the
     video [1, 3, frames, height, width] in [0, 1]"""
-    values = {"words": prompts, "embedding": prompts, "x0": torch.zeros_like(noise_per_step[0])}
+    values = {"token_ids": prompts, "embedding": prompts, "x0": torch.zeros_like(noise_per_step[0])}
 
     def run(name):
         inputs = manifest["packages"][name]["inputs"]
@@ -331,7 +335,7 @@ def load_packages(folder, modules, checkpoint):
 def verify(args, dit, vae, checkpoint, prompts, folder):
     """Compares the packages in `folder` with the modules that they came from, and a whole video
     with PyTorch's in float32; prints what they are. -> the figures for metrics.json"""
-    modules = programs(dit, vae)
+    modules = package_modules(dit, vae)
     manifest, saved = load_packages(folder, modules, checkpoint)
     differences = {name: 0.0 for name in modules}
 
@@ -356,8 +360,8 @@ def verify(args, dit, vae, checkpoint, prompts, folder):
 
     metrics = {}
     for name, program in saved.items():
-        parts = [path for path in (folder / f"{name}.mlpackage").rglob("*") if path.is_file()]
-        package_bytes = sum(path.stat().st_size for path in parts)
+        package = folder / f"{name}.mlpackage"
+        package_bytes = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
         cost = coreml_evaluator.program_cost(program)
         metrics[name] = dict(bytes=package_bytes, **cost, precision=16,
                              parity_max_abs=differences[name])
@@ -400,14 +404,17 @@ def parse_arguments(argv):
     p = cli.make_parser(__doc__, dict.fromkeys(VAE_PRESETS, {}), argv)
     cli.add_file(p, "--model", "student.pt", "the few-step student, from distill.py")
     cli.add_file(p, "--vae", "vae.pt", "the autoencoder, from vae.py")
-    p.add_argument("--out", type=Path, metavar="DIR", default=p.get_default("run") / "coreml",
-                   help="folder of the packages and manifest.json")
+    p.add_argument("--out", type=Path, metavar="DIR",
+                   help="folder of the packages and manifest.json (default: coreml, or with "
+                        "--random-weights coreml-random, in --run)")
     p.add_argument("--ffn-tiles", type=cli.positive, default=1,
                    help="slices of the FFN's hidden channels, one at a time")
     p.add_argument("--random-weights", action="store_true",
                    help="the preset's sizes untrained, without a checkpoint")
     p.add_argument("--check", action="store_true", help="export nothing, verify what is in --out")
     args = p.parse_args(argv)
+    if args.out is None:
+        args.out = args.run / ("coreml-random" if args.random_weights else "coreml")
     if ct is None:
         cli.exit_with_error("coremltools is missing: pip install -r requirements.txt")
     return args
@@ -417,7 +424,7 @@ def export_and_verify(args, dit, vae, checkpoint, prompts):
     """Works in a folder of its own inside --out, and replaces an older export once the new one is
     verified. -> the figures for metrics.json"""
     folder = args.out / ".unfinished-export"
-    modules = programs(dit, vae)
+    modules = package_modules(dit, vae)
     old = own_packages(args.out)
     if not old:  # it may have been killed while publishing: what it had moved goes
         for name in own_packages(folder):
@@ -460,7 +467,8 @@ def main(argv=None):
         metrics = verify(args, dit, vae, checkpoint, prompts, args.out)
     else:
         metrics = export_and_verify(args, dit, vae, checkpoint, prompts)
-    files.record_metrics(args.run, "export", metrics)
+    if not args.random_weights:
+        files.record_metrics(args.run, "export", metrics)
     print(f"{args.out}: done in {time.perf_counter() - start:.0f} s")
 
 

@@ -23,7 +23,8 @@ model); three losses (flow matching, the teacher's velocity, its tokens after ea
 same weight.
 
     python prune.py                                    # runs/tiny/dit.pt -> masks.pt, pruned.pt
-    python prune.py --run runs/x --blocks 7 --ffn 512 --heads 3    # heads alone
+    python prune.py --run runs/x --blocks 7 --ffn 512 --heads 3    # heads alone, in a folder with
+                                                                   # copies of dit.pt, latents.pt
 """
 import copy
 
@@ -43,9 +44,9 @@ PRESETS = {
         ffn=384,          # of 512; 3/4 of its FFN's channels
         mask_steps=50,    # of learning the masks
         steps=320,        # of recovery, about a third of the teacher's 900
-        batch_size=32,
+        batch_size=32,    # clips per step
         lr=0.04,          # Muon's; as for the teacher
-        optimizer="muon",
+        optimizer="muon", # further than AdamW in few steps
         ema=0.99),        # the average of about the last 100 steps
     "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
                 optimizer="muon", ema=0.999),
@@ -66,8 +67,8 @@ def full_masks(config):
 
 
 def taylor_importance(dit, batches):
-    """|d loss / d mask|, the first-order estimate of what cutting a unit costs (Molchanov et al.,
-    https://arxiv.org/abs/1906.10771), averaged over batches of (x0, prompts, noise, t)."""
+    """|d loss / d mask| per batch, the first-order estimate of what cutting a unit costs (Molchanov
+    et al., https://arxiv.org/abs/1611.06440), averaged over batches of (x0, prompts, noise, t)."""
     device = batches[0][0].device
     masks = {name: m.to(device).requires_grad_(True) for name, m in full_masks(dit.config).items()}
     scores = {name: torch.zeros_like(m) for name, m in masks.items()}
@@ -113,8 +114,9 @@ class Masks(nn.Module):
     """Learnable binary masks: one logit per unit, of which the k largest of each row are on.
 
     A unit that is off may come back: its logit still gets a gradient, and where it overtakes one
-    that is on, the two change places. That goes on for the first 70 % of the mask steps, in which
-    the logits' learning rate falls to 0 (`learn_masks`)."""
+    that is on, the two change places. (While a block is off, its heads and channels get none; its
+    own logit does.) That goes on for the first 70 % of the mask steps, in which the logits'
+    learning rate falls to 0 (`learn_masks`)."""
 
     def __init__(self, scores, budget):
         """scores: where the logits start, standardised per row; budget: {mask: units per row that
@@ -131,7 +133,7 @@ class Masks(nn.Module):
         """The masks when this fraction of the schedule is over: k falls from all units to the
         budget, fast at first (cubic, https://arxiv.org/abs/1710.01878). Hard {0, 1} forward;
         backward the gradient of a sigmoid (straight-through, https://arxiv.org/abs/1308.3432), for
-        units that are off, too."""
+        off units of a block that is on, too."""
         masks = {}
         for name, logits in self.logits.items():
             units = logits.shape[-1]
@@ -215,24 +217,24 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 def learn_masks(args, settings, latents, teacher, budget, cfg_dropout, device, precision):
     """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
     batches = []
-    for i in range(8):
+    for i in range(8):  # batches
         batch = draw_batch(latents, args, "sensitivity", i, cfg_dropout)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
         scores = sensitivity(teacher, args.criterion, batches, args.seed)
-    masks = Masks(scores, budget).to(device)
+    mask_module = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     optimizer = training.Optimizer(student, args.optimizer, args.lr, precision)
     mask_lr = args.mask_lr if args.criterion == "learned" else 0.0
-    mask_optimizer = torch.optim.SGD(masks.parameters(), lr=mask_lr, momentum=0.9)
+    mask_optimizer = torch.optim.SGD(mask_module.parameters(), lr=mask_lr, momentum=0.9)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
         return draw_batch(latents, args, "masks", step, cfg_dropout)
 
     loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
-                         masks=masks, optimizer=optimizer, mask_optimizer=mask_optimizer)
+                         masks=mask_module, optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
         # Masks rest once the budget is reached: after that the weights' learning rate is too low
         # for a unit that comes back.
@@ -240,17 +242,17 @@ def learn_masks(args, settings, latents, teacher, budget, cfg_dropout, device, p
         mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - fraction)
         optimizer.set_lr(training.warmup_cosine(step, args.mask_steps))
         student.zero_grad()
-        masks.zero_grad()
+        mask_module.zero_grad()
         with precision():
-            loss = loss_fn(student, teacher, batch, args.kd, masks(fraction))
+            loss = loss_fn(student, teacher, batch, args.kd, mask_module(fraction))
         loss.backward()
-        training.average_gradients([*student.parameters(), *masks.parameters()])
+        training.average_gradients([*student.parameters(), *mask_module.parameters()])
         grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        masks.normalize_gradients()
+        mask_module.normalize_gradients()
         mask_optimizer.step()
         loop.log(loss=loss, grad_norm=grad_norm)
-    return student, scores, masks, loop
+    return student, scores, mask_module, loop
 
 
 def recover(args, settings, latents, teacher, dense, kept_blocks, cfg_dropout, device, precision):
@@ -338,7 +340,7 @@ def parse_arguments(argv):
                    help="learning rate of the mask logits, down to 0 as the budget is reached")
     cli.add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
     cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
-    cli.add_file(p, "--masks", "masks.pt", "the masks, written")
+    cli.add_file(p, "--masks", "masks.pt", "the masks, which this stage writes")
     cli.add_file(p, "--out", "pruned.pt", "the pruned DiT")
     cli.add_training_flags(p)
     add_dry_run(p)

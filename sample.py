@@ -26,7 +26,6 @@ import json
 import math
 import time
 from html import escape
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from einops import rearrange
 from common import cli, data, files, report, training
 from common.data import COLORS, DIRECTIONS, SHAPES
 from distill import sample_student, student_timesteps
-from dit import flow_loss, load_dit, logit_normal, sample_euler
+from dit import CFG_SCALE, TEACHER_STEPS, flow_loss, load_dit, logit_normal, sample_euler
 from vae import PRESETS as VAE_PRESETS
 from vae import latent_size, load_vae
 
@@ -60,7 +59,7 @@ class Model:
         self.is_student = self.stage == "student"
         if self.is_student and steps:
             self.timesteps = student_timesteps(steps)
-        self.steps = len(self.timesteps) if self.is_student else steps or 40
+        self.steps = len(self.timesteps) if self.is_student else steps or TEACHER_STEPS
 
     @property
     def nfe(self):
@@ -340,6 +339,11 @@ def score_clips(x0, captions, latents, vae, precision, batch=32):
     return rows, torch.cat(features)
 
 
+def spread(captions, n):
+    """n of them, evenly; some twice, or more often, if there are fewer."""
+    return [captions[i * len(captions) // n] for i in range(n)] if captions else []
+
+
 def mean_scores(rows):
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
@@ -349,8 +353,8 @@ def score(args, latents, vae, models, precision):
     seen ones; and training clips through the VAE alone: the ceiling of the scores."""
     if not models:
         cli.exit_with_error(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
-    seen = list(islice(cycle(latents.metadata["captions"]), args.score))
-    unseen = list(islice(cycle(latents.metadata["held_out_captions"]), args.score // 2))
+    seen = spread(latents.metadata["captions"], args.score)
+    unseen = spread(latents.metadata["held_out_captions"], args.score // 2)
     reference = latents.test if len(latents.test) > 1 else latents.train[:256]
     real = []
     for picked in reference.split(32):
@@ -368,6 +372,7 @@ def score(args, latents, vae, models, precision):
             result["held_out_alignment"] = mean_scores(rows[len(seen):])["text_alignment"]
         if not model.is_student:  # a student jumps; it has no flow
             result["validation_loss"] = validation_loss(model.dit, latents, model.device, precision)
+        # The Frechet distance is over seen and unseen clips together.
         scores[model.stage] = result | dict(frechet=frechet(features, real), clips=len(seen))
     files.record_metrics(args.run, "score", scores)
     if latents.on_shapes:
@@ -484,9 +489,9 @@ def write_report(args, latents, vae, models, precision):
         metrics = json.loads(json.dumps(metrics), parse_float=lambda x: float(f"{float(x):.4g}"))
     compare = side_by_side(args, latents, vae, models, captions, precision)
     trajectories = ""
-    few = [model for model in models if model.stage != "pruned"]
-    if few:
-        trajectories = from_noise(args, latents, vae, few, captions[-1], precision)
+    shown = [model for model in models if model.stage != "pruned"]
+    if shown:
+        trajectories = from_noise(args, latents, vae, shown, captions[-1], precision)
     clip_size = latents.checkpoint["config"]["size"]
     report.write_page(
         args.run / "report.html", run=escape(str(args.run)),
@@ -507,7 +512,7 @@ def read_prompts(args, checkpoint):
     is_array = args.embedding and args.embedding.suffix == ".npy" and args.embedding.is_file()
     if args.embedding and not (dim and is_array):
         cli.exit_with_error(
-            f"--embedding {args.embedding} is no .npy file, or {args.model} reads words")
+            f"--embedding {args.embedding} is no .npy file, or {args.model} reads token ids")
     if not dim:
         return data.tokenize(args.prompt, checkpoint["vocabulary"], m)
     if args.embedding is None:
@@ -556,13 +561,13 @@ def parse_arguments(argv):
     p.add_argument("--sampling-steps", type=cli.positive,
                    help="steps per clip; --score and --report leave a student its own (default: a "
                         "student's own, 40 for the others)")
-    p.add_argument("--cfg", type=cli.number(0), default=2.0,
+    p.add_argument("--cfg", type=cli.number(0), default=CFG_SCALE,
                    help="classifier-free guidance scale of dit.pt and pruned.pt; 1: none; 0: the "
                         "caption is ignored")
     p.add_argument("--fps", type=cli.positive, default=8,
                    help="frames per second of what is written")
     p.add_argument("--score", type=cli.number(2, kind=int), nargs="?", const=96, metavar="CLIPS",
-                   help="score CLIPS clips (96 unless told) of every checkpoint of the run")
+                   help="score this many clips of every checkpoint of the run (default: 96)")
     p.add_argument("--report", action="store_true", help="write report.html and its pictures")
     cli.add_file(p, "--model", "student.pt",
                  "checkpoint to sample from: dit.pt, pruned.pt, student.pt")

@@ -47,10 +47,10 @@ PRESETS = {
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of real videos
         steps=1200,
-        batch_size=12,
+        batch_size=12,       # clips per step
         lr=0.01,             # Muon's: each update is orthogonal, whatever the gradient's size
         kl=0.04,             # dB per nat: it keeps the latents' scale in bounds, no more
-        optimizer="muon",
+        optimizer="muon",    # further than AdamW in few steps
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
                 res_blocks=2, clips=16384, steps=12000, batch_size=16, lr=0.01, kl=0.004,
@@ -65,9 +65,9 @@ PRESETS["server"] = PRESETS["mobile"] | dict(size="121x576x1024")
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over one axis (https://arxiv.org/abs/1910.07467). Stated: throughout, for memory on
-    the phone. Written out, since torch.rms_norm has no Core ML counterpart. One position at a time,
-    so it leaks no future."""
+    """RMSNorm over one axis (https://arxiv.org/abs/1910.07467). Stated for the DiT: throughout, for
+    memory on the phone; in the VAE our reading. Written out, since torch.rms_norm has no Core ML
+    counterpart. One position at a time, so it leaks no future."""
 
     def __init__(self, dim, axis=-1, affine=True):
         super().__init__()
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution of [b, c, t, h, w] whose output frame t sees input frames <= t * stride: the
+    """A convolution of [b, c, t, h, w] whose output frame i sees input frames <= i * stride: the
     first frame is repeated in front instead of padding at both ends. kernel: (time, height, width),
     odd."""
 
@@ -143,8 +143,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[b, c, t, h, w]: channels to space (and time). The first latent frame stands for one frame:
-    the stride - 1 copies before it are dropped, and k frames become 1 + (k - 1) * stride."""
+    """[b, c, t, h, w]: channels to space (and time). The first frame stands for one frame: the
+    stride[0] - 1 copies before it are dropped, and 1 + k frames become 1 + k * stride[0]."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -155,6 +155,7 @@ class Upsample(nn.Module):
         return self.unfold(x)[:, :, self.stride[0] - 1:]
 
     def unfold(self, x):
+        """With those copies; export_coreml.py, frame by frame, drops them once."""
         st, sh, sw = self.stride
         x = self.conv(x) + match_channels(x, self.conv.out_channels)
         return rearrange(x, "b (st sh sw c) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
@@ -179,7 +180,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1, 1))
 
-        # A stage halves space, time or both; where one needs fewer halvings, its come last.
+        # A stage halves space, time or both. Where one axis needs fewer halvings, they come last.
         halvings_t = int(math.log2(rt))
         halvings_s = int(math.log2(rs // patch))
         stages = max(halvings_t, halvings_s)
@@ -261,7 +262,7 @@ def psnr(vae, clips, precision):
 
 
 def load_vae(path, device, vae_checksum):
-    """-> the autoencoder, in eval mode. Refuses another one than made the latents."""
+    """-> the autoencoder, in eval mode. Refuses a VAE other than the one that made the latents."""
     checkpoint = files.load(path, "vae")
     with files.reading(path):
         vae = VAE(**checkpoint["config"])
@@ -275,47 +276,48 @@ def load_vae(path, device, vae_checksum):
 
 
 @torch.no_grad()
-def encode_all(vae, clips, latent_shape, path, batch_size, device, precision):
+def encode_all(vae, dataset, latent_shape, path, batch_size, device, precision):
     """-> the latents (means) of all records [n, c, t, h, w], float16, mapped from a file at `path`,
     so that memory does not grow with their number; and their mean and std per channel [c], over
     the training clips."""
-    n = len(clips.records)
+    n = len(dataset.records)
     shape = (n, *latent_shape)
     data.allocate(path, 2 * math.prod(shape))
     latents = torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
-    is_train = torch.tensor([record.split == "train" for record in clips.records])
+    is_train = torch.tensor([record.split == "train" for record in dataset.records])
     total = torch.zeros(latent_shape[0], dtype=torch.float64)
     total_of_squares = total.clone()
     for start in cli.progress(range(0, n, batch_size), desc="encoding"):
         batch = slice(start, start + batch_size)
-        pixels = clips.clip(list(range(n))[batch])
+        pixels = dataset.clip(list(range(start, min(start + batch_size, n))))
         with precision():
             mean, _ = vae.encode(pixels.to(device))
         latents[batch] = mean.half().cpu()
-        trained = latents[batch][is_train[batch]].double()
-        total += trained.sum((0, 2, 3, 4))
-        total_of_squares += trained.square().sum((0, 2, 3, 4))
+        train_latents = latents[batch][is_train[batch]].double()
+        total += train_latents.sum((0, 2, 3, 4))
+        total_of_squares += train_latents.square().sum((0, 2, 3, 4))
     count = is_train.sum() * math.prod(latent_shape[1:])
     mean = total / count
     std = (total_of_squares / count - mean.square()).clamp(min=1e-8).sqrt()
     return latents, mean.float(), std.float()
 
 
-def save_results(args, settings, vae, clips, loop, latent_shape, device, precision):
+def save_results(args, settings, vae, dataset, loop, latent_shape, device, precision):
     """The PSNR on test clips; the data set, once, as latents: no later training touches pixels."""
-    test = cli.progress(data.indices_of(clips.records, "test").tolist(), desc="testing")
-    metrics = dict(psnr_db=psnr(vae, (clips.clip([i]).to(device) for i in test), precision),
+    test = cli.progress(data.indices_of(dataset.records, "test").tolist(), desc="testing")
+    metrics = dict(psnr_db=psnr(vae, (dataset.clip([i]).to(device) for i in test), precision),
                    params=training.count_parameters(vae), compression=list(args.ratio),
                    latent_channels=args.latent_channels)
     part = args.latents.with_name(args.latents.name + ".part")
-    batch_size = 1 if args.crop else args.batch_size
-    latents, mean, std = encode_all(vae, clips, latent_shape, part, batch_size, device, precision)
+    batch_size = 1 if args.crop else args.batch_size  # whole clips, which --crop kept out of memory
+    latents, mean, std = encode_all(vae, dataset, latent_shape, part, batch_size, device,
+                                    precision)
     vae.latent_mean.copy_(mean.view(-1, 1, 1, 1))
     vae.latent_std.copy_(std.view(-1, 1, 1, 1))
     # `config` rebuilds the VAE; latent_mean and latent_std are among its weights.
     files.save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics,
                settings=settings, history=loop.history)
-    data.save_latents(args.latents, clips, latents, mean, std, metrics=metrics, settings=settings,
+    data.save_latents(args.latents, dataset, latents, mean, std, metrics=metrics, settings=settings,
                       config=dict(size=args.size, data=args.data),
                       vae_checksum=files.checksum(vae.parameters()))
     del latents  # mapped: Windows would not delete its file
@@ -390,9 +392,9 @@ def main(argv=None):
     device, precision = training.set_up(args)
     training.stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
-    clips = data.open_clips(settings, args.latents.with_name("windows.pt"))
-    train = data.indices_of(clips.records, "train")
-    train_and_pictures = data.indices_of(clips.records, "train", "picture")
+    dataset = data.open_clips(settings, args.latents.with_name("windows.pt"))
+    train = data.indices_of(dataset.records, "train")
+    train_and_pictures = data.indices_of(dataset.records, "train", "picture")
     batch_size = training.local_batch_size(args)
     vae.to(device).gradient_checkpointing = args.gradient_checkpointing
     ema = training.average_weights(vae, args)
@@ -406,7 +408,7 @@ def main(argv=None):
         pool = train_and_pictures if is_pictures else train
         picked = pool[torch.randint(len(pool), (batch_size,), generator=g)]
         noise = torch.randn(batch_size, *crop_shape, generator=g)
-        x = random_crop(clips.clip(picked.tolist()), crop, g)
+        x = random_crop(dataset.clip(picked.tolist()), crop, g)
         frames = 1 if is_pictures else None  # a picture is a video of one frame
         return x[:, :, :frames], noise[:, :, :frames]
 
@@ -426,8 +428,8 @@ def main(argv=None):
         loop.log(loss=loss, psnr_db=psnr_db, grad_norm=grad_norm)
 
     if cli.is_main_process:
-        metrics = save_results(args, settings, ema.module.eval(), clips, loop, latent_shape, device,
-                               precision)
+        metrics = save_results(args, settings, ema.module.eval(), dataset, loop, latent_shape,
+                               device, precision)
         training.finish(args, "vae", metrics, "dit.py", loop)
 
 

@@ -279,8 +279,9 @@ class Loop:
                 now = time.monotonic()
                 self.seconds = now - start
                 is_last = self.step == self.steps
-                stop_at_once = self.received and cli.WORLD_SIZE == 1  # several agree in read_log
-                if self.step % log_every and not is_last and not stop_at_once:
+                # Several processes agree every 20 steps, in read_log; one need not wait.
+                is_due = cli.WORLD_SIZE == 1 and (self.received or now > next_save)
+                if self.step % log_every and not is_last and not is_due:
                     continue
                 bar.set_postfix_str(self.read_log(), refresh=False)
                 if self.received or is_last or now > next_save or not self.save_every:

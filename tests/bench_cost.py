@@ -4,8 +4,8 @@ And what a clip costs on the phone, package by package, for docs/coreml.md.
     python tests/bench_cost.py ratios   # one evaluation of the mobile DiT, for four VAE ratios
     python tests/bench_cost.py curves   # a training step against tokens, and against parameters
     python tests/bench_cost.py steps    # training steps: width 512 in both precisions, preset tiny
-    python tests/bench_cost.py phone    # reads runs/mobile/coreml, by `export_coreml.py --preset
-                                        # mobile --random-weights`; --coreml takes another folder
+    python tests/bench_cost.py phone    # reads runs/mobile/coreml-random, which `export_coreml.py
+                                        # --preset mobile --random-weights` makes, or --coreml DIR
 
 Seconds are medians after a warm-up (on a CPU the two large evaluations of `ratios` are a single
 run). Shares are of this machine's own rate for a 4096x4096 matrix product, measured in turn.
@@ -191,7 +191,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["ratios", "curves", "steps", "phone"])
-    p.add_argument("--coreml", type=Path, default=Path("runs/mobile/coreml"))
+    p.add_argument("--coreml", type=Path, default=Path("runs/mobile/coreml-random"))
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=5)

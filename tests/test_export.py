@@ -78,8 +78,8 @@ def test_an_app_can_sample_from_the_manifest_and_the_packages_alone(exported, fo
     prompt = "A red circle, moving LEFT sideways"
     found = [w for w in re.findall("[a-z0-9_]+", prompt.lower()) if w in manifest["vocabulary"]]
     words = [manifest["vocabulary"].index(word) for word in found]
-    words += [0] * (manifest["words"] - len(words))
-    tensors = {"words": torch.tensor([words]), "x0": torch.zeros(shape)}
+    words += [0] * (manifest["text_tokens"] - len(words))
+    tensors = {"token_ids": torch.tensor([words]), "x0": torch.zeros(shape)}
 
     def run(name):
         about = manifest["packages"][name]
@@ -121,7 +121,7 @@ def test_decoder_packages_give_frame_by_frame_what_the_vae_decodes_at_once(micro
     model.latent_mean.normal_()
     model.latent_std.uniform_(0.5, 1.5)
     x0 = torch.randn(1, 4, 4, 2, 2)
-    modules = export_coreml.programs(micro_dit, model)
+    modules = export_coreml.package_modules(micro_dit, model)
     tensors = {}
     video = []
     for i, latent in enumerate(x0.split(1, dim=2)):
@@ -144,7 +144,7 @@ def test_what_the_evaluator_does_not_know_is_not_written(exported, tmp_path, mon
     program = read_program(exported / "coreml/text_encoder.mlpackage")
     monkeypatch.delitem(coreml_evaluator.OPERATIONS, "linear")
     with pytest.raises(NotImplementedError, match="linear"):
-        evaluate(program, {"words": torch.zeros(1, 5, dtype=torch.int32)})
+        evaluate(program, {"token_ids": torch.zeros(1, 5, dtype=torch.int32)})
     error = refusal(capsys, "--run", exported, "--out", tmp_path)
     assert "text_encoder is not verified: linear" in error
     assert not any(tmp_path.iterdir())
@@ -154,7 +154,7 @@ def test_an_operation_in_a_form_that_the_evaluator_does_not_know_is_an_error(exp
     program = read_program(exported / "coreml/text_encoder.mlpackage")
     monkeypatch.setitem(coreml_evaluator.OPERATIONS, "linear", lambda x, weight, bias: x[..., :1])
     with pytest.raises(NotImplementedError, match="linear gives the shape"):
-        evaluate(program, {"words": torch.zeros(1, 5, dtype=torch.int32)})
+        evaluate(program, {"token_ids": torch.zeros(1, 5, dtype=torch.int32)})
 
 
 def test_large_activations_overflow_a_plain_norm_in_float16_and_not_ours(tmp_path, monkeypatch):
@@ -238,7 +238,8 @@ def test_random_weights_need_no_checkpoint_and_follow_from_the_seed(tmp_path, mo
 
 
 def test_a_model_of_other_sizes_is_not_what_was_exported(exported, capsys):
-    error = refusal(capsys, "--run", exported, "--random-weights", "--check")
+    error = refusal(capsys, "--run", exported, "--random-weights", "--check", "--out",
+                    exported / "coreml")
     assert "was made from another model" in error and "\n" not in error
 
 
@@ -316,7 +317,7 @@ def test_a_stream_keeps_two_frames_per_convolution_and_gives_what_the_whole_give
     for ratio in (1, 8, 8), (4, 8, 8), (8, 32, 32):
         torch.manual_seed(0)
         model = vae.VAE(ratio, latent_channels=8, width=8, res_blocks=1, patch=4).eval()
-        modules = export_coreml.programs(micro_dit, model)
+        modules = export_coreml.package_modules(micro_dit, model)
         x0 = torch.randn(2, 8, 4, 2, 1)
         caches = []
         pieces = []
