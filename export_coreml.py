@@ -230,9 +230,9 @@ def describe(args, checkpoint, folder, names):
     else:
         text = dict(
             vocabulary=checkpoint["vocabulary"], text_tokens=checkpoint["text_tokens"],
-            tokenise="lower case; runs of letters, digits and underscores; their indices in "
-                     "vocabulary, without those that are not in it; cut to `text_tokens` of them, "
-                     f"or padded with {data.PAD}")
+            tokenise="lower case, NFC; what stands between white space, punctuation and symbols; "
+                     "their indices in vocabulary, without those that are not in it; cut to "
+                     f"`text_tokens` of them, or padded with {data.PAD}")
     return dict(
         packages=packages,
         order=["keep tensors by name: give a package those that it asks for, keep what comes "

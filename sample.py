@@ -390,12 +390,12 @@ def score(args, latents, vae, models, precision):
 
 
 def input_clips(latents, indices):
-    """The clips of the data set behind these latents; None if the windows have gone."""
-    windows = latents.path.with_name("windows.pt")
-    are_there = windows.exists() and any(windows.parent.glob("windows-*.bin"))
+    """The clips of the data set behind these latents; None if their frames have gone."""
+    path = latents.path.with_name("frames.pt")
+    are_there = path.exists() and path.with_suffix(".bin").exists()
     if not (latents.on_shapes or are_there):
         return None
-    return data.open_clips(latents.checkpoint["settings"], windows).clip(indices)
+    return data.open_clips(latents.checkpoint["settings"], path).clip(indices)
 
 
 def side_by_side(args, latents, vae, models, captions, precision):
@@ -418,7 +418,8 @@ def side_by_side(args, latents, vae, models, captions, precision):
             is_right = all(right for right, _ in prediction.values())
             shown = " ".join(text for _, text in prediction.values())
             row.append(report.cell(clip, f"{name}: {caption}", (is_right, shown), width=160))
-    return report.figure(args.run / "compare.gif", rows, args.fps, "clips, a row per prompt")
+    path = args.run / "compare.gif"
+    return report.figure(path, rows, speed(args, latents.metadata, path), "clips, a row per prompt")
 
 
 def from_noise(args, latents, vae, models, caption, precision):
@@ -436,7 +437,7 @@ def from_noise(args, latents, vae, models, caption, precision):
             row.append(report.cell(middle, title, width=96))
         blank = np.full_like(row[0], 255)
         rows.append(row + [blank] * (8 - len(row)))
-    return report.figure(args.run / "path.png", rows, args.fps, "x_t above x0, a column per step")
+    return report.figure(args.run / "path.png", rows, 1, "x_t above x0, a column per step")
 
 
 def stale_scores(models, metrics):
@@ -526,9 +527,19 @@ def read_prompts(args, checkpoint):
     return padded.expand(len(args.prompt), -1, -1)
 
 
+def speed(args, trained, path):
+    """-> frames per second of what is written to `path`: --fps, or as training clips had."""
+    fps = args.fps or trained["fps"]
+    if path.suffix == ".gif" and fps > 50:
+        cli.exit_with_error(f"--fps {fps}: browsers show a gif of more than 50 frames per second "
+                            "at 10; take fewer, or an mp4")
+    return fps
+
+
 def make_clips(args, device, precision):
     """--prompt: one clip each."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
+    fps = speed(args, model.checkpoint, args.out)
     vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
     channels, frames, height, width = model.latent_shape
     rt, rs, _ = vae.config["ratio"]
@@ -543,7 +554,7 @@ def make_clips(args, device, precision):
     while len(cells) % columns:
         cells.append(np.full_like(cells[0], 255))
     rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
-    report.write_video(args.out, rows, args.fps)
+    report.write_video(args.out, rows, fps)
     print(f"{args.out}: {len(clips)} clip(s) by {args.model}, {model.nfe} function evaluations "
           "per clip")
 
@@ -564,8 +575,8 @@ def parse_arguments(argv):
     p.add_argument("--cfg", type=cli.number(0), default=CFG_SCALE,
                    help="classifier-free guidance scale of dit.pt and pruned.pt; 1: none; 0: the "
                         "caption is ignored")
-    p.add_argument("--fps", type=cli.positive, default=8,
-                   help="frames per second of what is written")
+    p.add_argument("--fps", type=cli.positive,
+                   help="frames per second of what is written (default: as vae.py --fps)")
     p.add_argument("--score", type=cli.number(2, kind=int), nargs="?", const=96, metavar="CLIPS",
                    help="score this many clips of every checkpoint of the run (default: 96)")
     p.add_argument("--report", action="store_true", help="write report.html and its pictures")

@@ -46,6 +46,7 @@ PRESETS = {
         patch=2,             # 2x2 pixels into channels; 4x4 rounds the corners of small shapes
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of real videos
+        fps=8,               # of real videos: frames per second at which they are read
         steps=1200,
         batch_size=12,       # clips per step
         lr=0.01,             # Muon's: each update is orthogonal, whatever the gradient's size
@@ -53,10 +54,10 @@ PRESETS = {
         optimizer="muon",    # further than AdamW in few steps
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
-                res_blocks=2, clips=16384, steps=12000, batch_size=16, lr=0.01, kl=0.004,
+                res_blocks=2, clips=16384, fps=8, steps=12000, batch_size=16, lr=0.01, kl=0.004,
                 optimizer="muon", ema=0.999),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, patch=4,
-                   res_blocks=3, clips=65536, steps=200000, batch_size=8, lr=1e-4, kl=4e-4,
+                   res_blocks=3, clips=65536, fps=24, steps=200000, batch_size=8, lr=1e-4, kl=4e-4,
                    optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"] | dict(size="121x576x1024")
@@ -282,7 +283,7 @@ def encode_all(vae, dataset, latent_shape, path, batch_size, device, precision):
     the training clips."""
     n = len(dataset.records)
     shape = (n, *latent_shape)
-    data.allocate(path, 2 * math.prod(shape))
+    files.allocate(path, 2 * math.prod(shape))
     latents = torch.from_numpy(np.memmap(path, np.float16, "r+", shape=shape))
     is_train = torch.tensor([record.split == "train" for record in dataset.records])
     total = torch.zeros(latent_shape[0], dtype=torch.float64)
@@ -318,7 +319,7 @@ def save_results(args, settings, vae, dataset, loop, latent_shape, device, preci
     files.save(args.out, stage="vae", config=vae.config, model=vae.state_dict(), metrics=metrics,
                settings=settings, history=loop.history)
     data.save_latents(args.latents, dataset, latents, mean, std, metrics=metrics, settings=settings,
-                      config=dict(size=args.size, data=args.data),
+                      config=dict(size=args.size, data=args.data, fps=args.fps),
                       vae_checksum=files.checksum(vae.parameters()))
     del latents  # mapped: Windows would not delete its file
     part.unlink()
@@ -332,7 +333,8 @@ def parse_arguments(argv):
                    help="frames x height x width of a clip")
     p.add_argument("--ratio", type=cli.size, metavar="TxHxW",
                    help="compression: time x height x width")
-    p.add_argument("--stride", type=cli.positive, default=2, help="every n-th frame of real videos")
+    p.add_argument("--fps", type=cli.positive,
+                   help="frames per second at which real videos are read, and clips are shown")
     p.add_argument("--clips", type=cli.positive,
                    help="rendered clips; of real ones, the most windows, and the most pictures")
     p.add_argument("--latent-channels", type=cli.positive, help="channels of a latent")
@@ -392,7 +394,7 @@ def main(argv=None):
     device, precision = training.set_up(args)
     training.stop_if_done([args.out, args.latents], settings, "vae", "dit.py")
 
-    dataset = data.open_clips(settings, args.latents.with_name("windows.pt"))
+    dataset = data.open_clips(settings, args.latents.with_name("frames.pt"))
     train = data.indices_of(dataset.records, "train")
     train_and_pictures = data.indices_of(dataset.records, "train", "picture")
     batch_size = training.local_batch_size(args)

@@ -7,15 +7,18 @@ records, and vae.py writes their latents once, with everything that later stages
     save_latents(...)          -> latents.pt           latents, records, captions as token ids
     Latents(path)              -> for dit.py and on    x0(indices), draw(...), metadata
 """
+import contextlib
 import csv
+import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
+import unicodedata
 import zlib
-from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ import torch
 from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
-from common import cli, files, training
+from common import cli, files, player, training
 
 # split: "train", "picture" (trained on beside first frames) or "test"; row: where its pixels are.
 Record = namedtuple("Record", "caption split row")
@@ -119,64 +122,97 @@ class Shapes:
         return rearrange(pixels, "b t h w c -> b c t h w") * 2 - 1
 
 
-# ------------------------------------------------------------ a folder of real clips
+# ------------------------------------------------------------ a folder of clips and captions
 
-# A clip folder may come from anywhere: no playlist in it may open other files, or the network.
-CONTAINERS = {"protocol_whitelist": "file",
-              "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # a video of one frame each
 BESIDE = (".txt", ".npy", ".md", ".csv", ".json", ".jsonl")  # what lies beside clips
 
 
 def files_below(folder):
-    """All files of a folder and its folders, in order, but for hidden ones."""
-    paths = sorted(Path(folder).rglob("*"))
-    return [path for path in paths if path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """-> all files of a folder and its folders, in order, but for hidden ones; and {reason: paths}
+    of what is left out. Linked folders are not entered: they lie elsewhere."""
+    paths = []
+    skipped = defaultdict(list)
+
+    def unreadable(error):
+        skipped["an unreadable folder"].append(error.filename)
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *names]:
+            path = Path(root, name)
+            if os.path.isfile(path) and not name.startswith("."):
+                paths.append(path)
+            elif path.is_symlink():
+                skipped["a link to a folder, or to nothing"].append(path)
+    return sorted(paths), skipped
+
+
+def read_text(path):
+    """Raises ValueError where that is not UTF-8."""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" not in text:  # as in UTF-16
+            return text
+    raise ValueError("text in UTF-16 or another encoding, not UTF-8")
 
 
 def read_table(table):
-    """metadata.csv or metadata.jsonl -> [(path, caption)]"""
-    with files.reading(table), open(table, encoding="utf-8-sig", newline="") as file:
+    """metadata.csv or metadata.jsonl -> [(file name, caption)], "" for none"""
+    try:
+        text = read_text(table)
+    except ValueError as error:
+        cli.exit_with_error(f"{table} is {error}")
+    with files.reading(table):
         if table.suffix == ".csv":
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [dict(json.loads(line)) for line in file]
+            rows = [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
     if not rows or not all({"file_name", "text"} <= row.keys() for row in rows):
         cli.exit_with_error(f"{table} needs the columns file_name and text")
-    return [(table.parent / str(row["file_name"]), row["text"]) for row in rows]
+    captions = [str(row["text"]) for row in rows]
+    empty = "none", "nan", ""
+    return [(str(row["file_name"]), "" if caption.strip().lower() in empty else caption)
+            for row, caption in zip(rows, captions)]
+
+
+def nfc(text):
+    """Text in which an accent is no character of its own: a Mac's names come so, and so."""
+    return unicodedata.normalize("NFC", str(text))
 
 
 def find_clips(folder):
-    """-> the layout; {path: caption, or the file that holds it}; and a line for each clip without a
-    caption, and the other way round. The layout is that of the Hub, metadata.csv or metadata.jsonl;
-    or name.txt beside each clip; or class folders, whose names are captions."""
-    skipped = []
-    paths = dict.fromkeys(files_below(folder))  # a set that keeps its order
-    clips = dict.fromkeys(path for path in paths if path.suffix.lower() not in BESIDE)
-    captions = {}
-    beside = {path: path.with_suffix(".txt") for path in clips}
+    """-> the layout; {path: caption, or the file that holds it}; and {reason: paths} of what is
+    left out. The layout is that of the Hub, metadata.csv or metadata.jsonl; or name.txt beside each
+    clip; or class folders, whose names are captions."""
+    paths, skipped = files_below(folder)
+    clips = {nfc(path): path for path in paths if path.suffix.lower() not in BESIDE}
+    texts = {nfc(path.with_suffix("")): path for path in paths if path.suffix == ".txt"}
+    beside = {path: texts.get(nfc(path.with_suffix(""))) for path in clips.values()}
     tables = [path for path in paths if path.name in ("metadata.csv", "metadata.jsonl")]
+    captions = {}
     if tables:
         layout = "metadata"
         for table in tables:
-            for path, caption in read_table(table):
-                if path not in clips:  # nor is an absolute path, or one with ..
-                    skipped.append(f"{path}: a row of {table}, but no clip in this folder")
+            for name, caption in read_table(table):
+                path = clips.get(nfc(table.parent / name))
+                if path is None:  # nor is an absolute path, or one with ..
+                    skipped[f"in {table.name}, but no clip"].append(table.parent / name)
                 elif path in captions:
-                    skipped.append(f"{path}: a second caption")
-                else:
-                    captions[path] = "" if caption is None else str(caption)
-    elif any(text in paths for text in beside.values()):
+                    skipped["a second caption"].append(path)
+                elif caption:
+                    captions[path] = caption
+    elif any(beside.values()):
         layout = ".txt files"
-        captions = {path: text for path, text in beside.items() if text in paths}
+        captions = {path: text for path, text in beside.items() if text}
+        skipped["a caption without a clip"] += set(texts.values()) - set(captions.values())
     else:
         layout = "class folders"
-        for path in clips:  # ApplyEyeMakeup, brush_hair
+        for path in clips.values():  # ApplyEyeMakeup, brush_hair
             if path.parent != Path(folder):
                 spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_-]", " ", path.parent.name)
                 captions[path] = spaced.lower()
-    skipped += [f"{path}: no caption" for path in clips if path not in captions]
+    skipped["no caption"] += [path for path in beside if path not in captions]
     return layout, captions, skipped
 
 
@@ -189,143 +225,67 @@ def read_embedding(path):
     with np.errstate(over="ignore"):
         array = np.lib.format.open_memmap(path, "r").astype(np.float32)
     if array.ndim != 2 or not array.size or not (np.abs(array) <= 65504).all():
-        raise ValueError(f"{path.name} is no array [tokens, dim] of finite float16 numbers")
+        raise ValueError("its .npy is no array [tokens, dim] of finite float16 numbers")
     return torch.from_numpy(array)
 
 
-# Of a file: frames is their number; dim, the channels of its embedding, or None.
-Clip = namedtuple("Clip", "path caption frames seconds dim")
+# ------------------------------------------------------------ one file of frames
 
 
-def look_at(path, caption, least):
-    """-> the Clip. Decodes nothing. Raises where it cannot be used, as with fewer frames than
-    `least`."""
-    if isinstance(caption, Path):
-        caption = caption.read_text(encoding="utf-8-sig")
-    caption = " ".join(caption.split())
-    if not 0 < len(re.findall(r"\w+", caption)) <= 512:
-        raise ValueError("a caption takes 1 to 512 words")
-    embedding = read_embedding(path)
-    dim = None if embedding is None else embedding.shape[1]
-    if path.suffix.lower() in PICTURES:
-        return Clip(path, caption, 1, 0.0, dim)
-    import av  # here, since rendered clips do not need it
-
-    with av.open(f"file:{path}", options=CONTAINERS) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate)  # read here: a closed container tells nothing
-        frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    if frames < least:
-        raise ValueError(f"{frames} frames, where {least} are the least")
-    return Clip(path, caption, frames, frames / rate, dim)
-
-
-def upright(frame, scaler, height, width):
-    """A decoded frame -> [3, height, width] uint8: scaled to cover that and centre-cropped."""
-    turns = round(frame.rotation / 90)  # how a phone was held
-    if turns % 2:
-        height, width = width, height
-    scale = max(height / frame.height, width / frame.width)
-    h = round(frame.height * scale)
-    w = round(frame.width * scale)
-    image = scaler.reformat(frame, w, h, "rgb24", interpolation="AREA", threads=1).to_ndarray()
-    top = (h - height) // 2
-    left = (w - width) // 2
-    image = np.rot90(image[top:top + height, left:left + width], turns)
-    return rearrange(image, "h w rgb -> rgb h w")
-
-
-def read_frames(path, places, height, width):
-    """Yields (place, frame) of a video, frames [3, height, width] uint8. places: which, rising. One
-    that is more than 250 behind the last is sought; then it and those after it, up to the next such
-    gap, shift back by as much as lies between it and its keyframe, which must be decoded anyway.
-    Raises ValueError where the video ends too early."""
-    import av
-    from av.video.reformatter import VideoReformatter
-
-    with av.open(f"file:{path}", options=CONTAINERS) as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1  # it is clips that are read in parallel
-        # Only these tell when a frame is shown; in others frames are counted, and none is sought.
-        has_times = container.format.name.startswith(("mov", "matroska"))
-        per_tick = float(stream.average_rate * stream.time_base)  # frames
-        start = stream.start_time or 0
-        scaler = VideoReformatter()
-        frames = container.decode(stream)
-        position = -1  # of `frame`
-        shift = 0
-        for previous, place in zip([0, *places], places):
-            if has_times and place > previous + 250:
-                container.seek(start + int(place / per_tick), stream=stream)
-                frames = container.decode(stream)
-                frame = next(frames)
-                keyframe = round((frame.pts - start) * per_tick)
-                shift = place - keyframe if keyframe > position else 0  # never back into windows
-                position = keyframe
-            while position < place - shift:
-                frame = next(frames, None)
-                if frame is None:
-                    raise ValueError(f"it ends before frame {place}")
-                position += 1
-                if has_times:
-                    position = round((frame.pts - start) * per_tick)
-            yield place, upright(frame, scaler, height, width)
-
-
-def read_picture(path, height, width):
-    """A picture file -> [3, height, width] uint8: upright, scaled to cover that and cropped."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    return rearrange(np.array(ImageOps.fit(image, (width, height))), "h w rgb -> rgb h w")
-
-
-def read_clip(path, windows, stride, pixels, done):
-    """Decodes the windows of one clip, {window: first frame}, into pixels [windows, t, 3, h, w]. A
-    picture is a clip that stands still."""
-    rows = list(windows)
-    if done[rows].all():
-        return
-    _, t, _, h, w = pixels.shape
-    if path.suffix.lower() in PICTURES:
-        pixels[rows] = read_picture(path, h, w)
-    else:
-        wanted = {}  # frame -> its places in `pixels`
-        for window, first in windows.items():
-            for k in range(t):
-                wanted.setdefault(first + k * stride, []).append((window, k))
-        for frame, image in read_frames(path, sorted(wanted), h, w):
-            for place in wanted[frame]:
-                pixels[place] = image
-    done[rows] = 1
-
-
-def in_parallel(function, items, what):
-    """-> function(*item) of all items, by several threads, but for those with which it raises; and
-    a line for each of these."""
-    def attempt(item):
-        try:
-            return function(*item), None
-        except Exception as error:  # PyAV raises dozens of kinds
-            return None, f"{item[0]}: {error}"
-
-    pool = ThreadPoolExecutor(os.cpu_count())
+def read_clip(path, caption, settings, store):
+    """Appends a clip's frames to an open file; of a damaged clip those before the damage. caption:
+    it, or the file that holds it. -> the caption, the number of frames, the channels of the clip's
+    embedding or None, and what is wrong or None"""
+    dim = None
+    count = 0
     try:
-        results = list(cli.progress(pool.map(attempt, items), desc=what, total=len(items)))
-    finally:  # `with` would wait for all items, after Ctrl-C too
-        pool.shutdown(cancel_futures=True)
-    errors = [error for _, error in results if error]
-    return [result for result, error in results if not error], errors
+        if isinstance(caption, Path):
+            caption = read_text(caption)
+        caption = nfc(" ".join(caption.split()))
+        if not 0 < len(words(caption)) <= 512:
+            raise ValueError("a caption takes 1 to 512 words")
+        embedding = read_embedding(path)
+        dim = None if embedding is None else embedding.shape[1]
+        _, height, width = settings["size"]
+        if path.suffix.lower() in PICTURES:
+            images = [player.read_picture(path, height, width)]
+        else:
+            images = player.read_frames(path, settings["fps"], height, width)
+        for image in images:
+            store.write(image.tobytes())
+            count += 1
+    except Exception as error:  # PyAV raises dozens of kinds
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        reason = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
+        return caption, count, dim, f"damaged after its first {count} frames" if count else reason
+    return caption, count, dim, None
 
 
-def spread(counts, firsts, most):
-    """At most so many of all windows, evenly spread, without a list of them all. counts: windows of
-    each clip; firsts: the first frame of its first one. -> [n, 2]: clip, first frame"""
-    ends = counts.cumsum()
-    places = np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(int)
-    clips = np.searchsorted(ends, places, side="right")
-    return np.stack([clips, places - (ends - counts)[clips] + firsts[clips]], axis=1)
+def read_clips(settings, found, path):
+    """Decodes clips, {path: caption}, one after the other into the file `path`. Killed and called
+    again, it goes on with the next clip. -> what read_clip says of each"""
+    index = path.with_suffix(".jsonl")  # a line that names the settings, and one for each clip
+    key = [settings["data"], settings["folder"], settings["fps"], *settings["size"][1:]]
+    entries = []
+    if index.exists() and path.exists():
+        lines = index.read_bytes().splitlines(keepends=True)
+        entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    if entries[:1] != [key]:
+        entries = [key]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as store, open(index, "w") as lines:
+        store.truncate(sum(entry[1] for entry in entries[1:]) * 3 * math.prod(key[3:]))
+        lines.writelines(json.dumps(entry) + "\n" for entry in entries)
+        bar = cli.progress(list(found.items())[len(entries) - 1:], desc="reading clips")
+        for item in bar:
+            entries.append(read_clip(*item, settings, store))
+            store.flush()
+            lines.write(json.dumps(entries[-1]) + "\n")
+            lines.flush()
+            free = shutil.disk_usage(path.parent).free
+            bar.set_postfix_str(f"{store.tell() / 1e9:.3g} GB, {free / 1e9:.3g} GB free", False)
+    return entries[1:]
 
 
 def held_out(captions):
@@ -337,143 +297,126 @@ def held_out(captions):
     return has_twin & is_twentieth & (len(captions) >= 20)
 
 
-def choose_windows(captions, frames, span, most):
-    """Windows of `span` frames to train on, at most so many, and to test on, [n, 2] each: clip,
-    first frame. Where no clip is held out whole, the last tenth of each is. captions, frames: of
-    all clips. A caption that is not trained on is no test."""
+def spread(items, most):
+    """At most so many of them, evenly spread."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def choose_windows(captions, firsts, counts, t, most):
+    """Windows of t frames to train on, at most so many, and to test on: the first frames of each.
+    Where no clip is held out whole, the last tenth of each is, unless it is too short for both.
+    captions, firsts, counts: of each clip, with its first frame and their number."""
     is_test = held_out(captions)
-    windows = frames - span + 1
-    start = np.zeros_like(frames)
+    train = []
+    test = []
+    for first, count, is_held_out in zip(firsts, counts, is_test):
+        end = first + count
+        test_first = first if is_held_out else end
+        if not is_test.any() and count >= 2 * t:
+            test_first = end - max(t, count // 10)
+        train.append(np.arange(first, test_first - t + 1))
+        test.append(np.arange(test_first, end - t + 1))
     most_tests = min(TEST_CLIPS, max(1, most // 10))
-    if is_test.any():
-        train = spread(np.where(is_test, 0, windows), start, most)
-        test = spread(np.where(is_test, windows, 0), start, most_tests)
-    else:
-        test_start = frames - np.maximum(span, frames // 10)
-        train = spread(test_start - span + 1, start, most)
-        test = spread(windows - test_start, test_start, most_tests)
-    trained = {captions[clip] for clip in train[:, 0]}
-    return train, test[[captions[clip] in trained for clip in test[:, 0]]]
+    return spread(np.concatenate(train), most), spread(np.concatenate(test), most_tests)
 
 
-def map_store(path, shape):
-    """-> pixels uint8 `shape`, and which of its windows are done: one file, mapped."""
-    pixels = math.prod(shape)
-    store = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=(pixels + shape[0],)))
-    return store[:pixels].view(shape), store[pixels:]
+# Of a clip that has been read: its first frame in the store, and their number; dim is the channels
+# of its embedding, or None.
+Clip = namedtuple("Clip", "path caption first count dim")
 
 
-def allocate(path, n_bytes):
-    """Makes a file. A full disk shows now, not as a crash while it is mapped."""
-    with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        file.truncate(n_bytes)
-
-
-def usable_clips(folder, span, picture_share):
-    """-> the clips and the pictures of a folder, two lists of Clip; says what was found. span:
-    frames that a window reaches over."""
-    layout, found, skipped = find_clips(folder)
-    items = [(file, caption, span) for file, caption in found.items()]
-    usable, errors = in_parallel(look_at, items, "looking at clips")
-    skipped += errors
-    clips = [clip for clip in usable if clip.frames >= span]
-    pictures = [clip for clip in usable if clip.frames < span]
-    if pictures and not picture_share:
-        cli.warn(f"{len(pictures):,} pictures are left out, since --picture-share is 0")
-        pictures = []
-    if not held_out([clip.caption for clip in clips]).any():
-        # Each has a window to train on and one to test on.
-        skipped += [f"{clip.path}: {clip.frames} frames, where {2 * span} are the least"
-                    for clip in clips if clip.frames < 2 * span]
-        clips = [clip for clip in clips if clip.frames >= 2 * span]
-    for line in skipped[:10]:
-        cli.warn(f"skipped {line}")
+def usable_clips(settings, store):
+    """Reads the clips of a folder into a store. -> those of at least --size's frames, and the
+    pictures beside them, two lists of Clip; says what was found, and what was left out."""
+    t, height, width = settings["size"]
+    layout, found, skipped = find_clips(settings["data"])
+    clips = []
+    pictures = []
+    end = 0
+    for path, (caption, count, dim, error) in zip(found, read_clips(settings, found, store)):
+        clip = Clip(path, caption, end, count, dim)
+        end += count
+        if error:
+            skipped[error].append(path)
+        if count >= t:
+            clips.append(clip)
+        elif path.suffix.lower() not in PICTURES:
+            skipped[f"fewer than {t} frames at --fps {settings['fps']}"] += [path] * (not error)
+        elif not settings["picture_share"]:
+            skipped["a picture, and --picture-share is 0"].append(path)
+        elif count:
+            pictures.append(clip)
+    for reason, paths in skipped.items():
+        names = ", ".join(os.path.relpath(path, settings["data"]) for path in paths[:10])
+        if paths:
+            cli.warn(f"skipped {len(paths):,}, {reason}: {names}{', ...' * (len(paths) > 10)}")
     if not clips:
         cli.exit_with_error(
-            f"no usable clip in {folder}: it needs videos with a caption each, such as frog.mp4 "
-            "and frog.txt (20 pictures alone will do, if --size begins with 1x)")
-    _, captions, _, seconds, dims = zip(*clips, *pictures)
-    print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with "
-          f"{len(set(captions)):,} captions, {sum(seconds) / 3600:.3g} hours; {len(skipped):,} "
-          "skipped")
-    if len(set(dims)) > 1:
-        cli.exit_with_error(f"the .npy embeddings in {folder} must have as many channels, one for "
-                            "every clip and picture")
+            f"no usable clip in {settings['data']}: it needs videos with a caption each, such as "
+            "frog.mp4 and frog.txt (20 pictures alone will do, if --size begins with 1x)")
+    captions = {clip.caption for clip in [*clips, *pictures]}
+    hours = sum(clip.count for clip in clips) / settings["fps"] / 3600
+    free = shutil.disk_usage(store.parent).free
+    print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with {len(captions):,} "
+          f"captions, {hours:.3g} hours; {sum(map(len, skipped.values())):,} skipped\n"
+          f"{store}: {end * 3 * height * width / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
     return clips, pictures
 
 
-def prepare_store(path, n_bytes):
-    """Makes the file of the windows, unless it is there, half-read; removes those of other
-    settings."""
-    for old in path.parent.glob("windows-*.bin"):
-        if old != path:
-            old.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    print(f"{n_bytes / 1e9:.3g} GB in {path}; {free / 1e9:.3g} GB are free")
-    if not path.exists() or path.stat().st_size != n_bytes:
-        if n_bytes > free:
-            cli.exit_with_error("the disk is too small: take fewer --clips or a smaller --size")
-        allocate(path, n_bytes)
+def store_frames(settings, path):
+    """Reads a folder's clips into a file of frames, and writes `path`, frames.pt, with the records,
+    whose rows are the windows' first frames there."""
+    t, height, width = settings["size"]
+    store = path.with_suffix(".bin")
+    clips, pictures = usable_clips(settings, store)
+    _, captions, firsts, counts, _ = zip(*clips)
+    train, test = choose_windows(captions, firsts, counts, t, settings["clips"])
+    frames = map_frames(store, height, width)
+    # An encoder changes values by 3 where a picture stands still.
+    moving = [first for first in train if t == 1 or np.ptp(frames[first:first + t], 0).max() > 3]
 
+    def records_of(windows, split):
+        places = np.searchsorted(firsts, windows, side="right") - 1
+        return [Record(captions[i], split, int(first)) for i, first in zip(places, windows)]
 
-def store_windows(settings, path):
-    """Chooses windows of a folder's clips, decodes them into one file, and writes `path`,
-    windows.pt, which names it. Stopped and called again, it goes on."""
-    t, h, w = settings["size"]
-    span = (t - 1) * settings["stride"] + 1
-    most = settings["clips"]
-    clips, pictures = usable_clips(settings["data"], span, settings["picture_share"])
-    paths, captions, frames, _, dims = zip(*clips, *pictures)
-    n = len(clips)
-    train, test = choose_windows(captions[:n], np.array(frames[:n]), span, most)
-    some = np.linspace(n, n + len(pictures) - 1, min(most, len(pictures))).round().astype(int)
-    stills = [(picture, 0) for picture in some.tolist()]
-    windows = [*train.tolist(), *stills, *test.tolist()]  # (clip, first frame) of each row
-    splits = ["train"] * len(train) + ["picture"] * len(stills) + ["test"] * len(test)
-    print(f"{len(train):,} windows of {t} frames and {len(stills):,} pictures to train on, "
-          f"{len(test):,} windows to test")
-
-    shape = len(windows), t, 3, h, w
-    key = zlib.crc32(repr((settings, windows)).encode())
-    store = path.with_name(f"windows-{key:08x}.bin")
-    prepare_store(store, math.prod(shape) + len(windows))
-    pixels, done = map_store(store, shape)
-    rows_of_clip = {}  # clip -> {row: first frame}
-    for row, (clip, first) in enumerate(windows):
-        rows_of_clip.setdefault(clip, {})[row] = first
-    items = [(paths[clip], rows, settings["stride"], pixels.numpy(), done.numpy())
-             for clip, rows in rows_of_clip.items()]
-    _, unreadable = in_parallel(read_clip, items, "reading clips")
-    for line in unreadable[:10]:
-        cli.warn(f"skipped {line}")
-
-    records = []
-    path_of = {}  # caption that is trained on -> one of its clips
-    for row, ((clip, _), split) in enumerate(zip(windows, splits)):
-        if done[row] and (split != "test" or captions[clip] in path_of):
-            records.append(Record(captions[clip], split, row))
-            path_of.setdefault(captions[clip], paths[clip])
-    if {"train", "test"} - {record.split for record in records}:
+    records = records_of(moving, "train")
+    trained = {record.caption for record in records}
+    tests = [record for record in records_of(test, "test") if record.caption in trained]
+    pictures = spread(pictures, settings["clips"])
+    records += [Record(clip.caption, "picture", clip.first) for clip in pictures]
+    print(f"{len(moving):,} windows of {t} frames and {len(pictures):,} pictures to train on, "
+          f"{len(tests):,} windows to test; {len(train) - len(moving):,} in which nothing changes "
+          "left out")
+    if not trained or not tests:
         cli.exit_with_error(f"no usable clip in {settings['data']}: nothing to train on, or "
                             "nothing to test on")
-    embeddings = None
-    if dims[0]:
-        embeddings = read_embeddings(settings["data"], path_of)
-    files.save(path, stage="windows", settings=settings, store=store.name, shape=shape,
-               records=[tuple(record) for record in records], embeddings=embeddings)
+    path_of = {clip.caption: clip for clip in [*clips, *pictures]
+               if clip.caption in {record.caption for record in records}}
+    files.save(path, stage="frames", settings=settings,
+               embeddings=read_embeddings(settings["data"], path_of),
+               records=[tuple(record) for record in records + tests])
 
 
-def read_embeddings(folder, path_of):
-    """Of the captions, in order, and of the empty one, empty.npy: [captions + 1, tokens, dim],
-    float16, padded with zeros. path_of: {caption: a clip that has it}."""
-    arrays = [read_embedding(path_of[caption]).half() for caption in sorted(path_of)]
+def read_embeddings(folder, clip_of):
+    """Of captions, in order, and of the empty one, empty.npy: [captions + 1, tokens, dim], float16,
+    padded with zeros; or None. clip_of: {caption: a clip that has it}."""
+    dims = {clip.dim for clip in clip_of.values()}
+    if dims == {None}:
+        return None
+    if len(dims) > 1:
+        cli.exit_with_error(f"the .npy embeddings in {folder} must have as many channels, one for "
+                            "every clip and picture")
+    arrays = [read_embedding(clip_of[caption].path).half() for caption in sorted(clip_of)]
     path = Path(folder, "empty.npy")
     with files.reading(path):
-        empty = read_embedding(path) if path.exists() else torch.zeros(1, arrays[0].shape[1])
+        empty = read_embedding(path) if path.exists() else torch.zeros(1, *dims)
         return pad_sequence([*arrays, empty.half()], batch_first=True)
+
+
+def map_frames(path, height, width):
+    """-> all frames of a store, mapped: [n, 3, height, width] uint8."""
+    return np.memmap(path, np.uint8, "r").reshape(-1, 3, height, width)
 
 
 class Folder:
@@ -483,26 +426,31 @@ class Folder:
     held_out_captions = []
 
     def __init__(self, settings, path):
-        names = "data", "size", "stride", "clips", "folder", "picture_share"
+        names = "data", "size", "fps", "clips", "folder", "picture_share"
         settings = {name: settings[name] for name in names}
         if cli.is_main_process and not path.exists():
-            store_windows(settings, path)
+            store_frames(settings, path)
         training.wait_for_all()
-        saved = files.load(path, "windows")
+        saved = files.load(path, "frames")
         files.check_settings(path, saved["settings"], settings)
+        self.length, height, width = settings["size"]
         with files.reading(path):
-            self.pixels, _ = map_store(path.with_name(saved["store"]), saved["shape"])
+            self.frames = map_frames(path.with_suffix(".bin"), height, width)
             self.records = [Record(*record) for record in saved["records"]]
             self.embeddings = saved["embeddings"]
 
     def clip(self, indices):
-        """Windows: [b, 3, t, h, w] in [-1, 1]."""
-        pixels = self.pixels[[self.records[i].row for i in indices]]
+        """Windows: [b, 3, t, h, w] in [-1, 1]. A picture stands still."""
+        records = [self.records[i] for i in indices]
+        step = np.array([record.split != "picture" for record in records])
+        rows = np.array([record.row for record in records])[:, None]  # [b, 1]
+        rows = rows + step[:, None] * np.arange(self.length)  # [b, t]
+        pixels = torch.from_numpy(self.frames[rows])
         return rearrange(pixels, "b t c h w -> b c t h w").float() / 127.5 - 1
 
 
 def open_clips(settings, path):
-    """settings: of vae.py; path: where windows of real videos lie, or will. -> records;
+    """settings: of vae.py; path: of frames.pt, where real videos lie, or will. -> records;
     clip(indices), their pixels; held_out_captions; embeddings of the captions that are trained on,
     in order, and of the empty one, [captions + 1, tokens, dim], or None."""
     if settings["data"] == "shapes":
@@ -511,7 +459,8 @@ def open_clips(settings, path):
 
 
 def describe_folder(data, run):
-    """Some words that change with the names and sizes of a folder's files; None for `shapes`."""
+    """Some words that change with the names, the sizes, and the first and last 64 KB of a folder's
+    files; None for `shapes`."""
     if data == "shapes":
         return None
     if not Path(data).is_dir():
@@ -519,9 +468,16 @@ def describe_folder(data, run):
     if run.resolve().is_relative_to(Path(data).resolve()):
         cli.exit_with_error(f"--run {run} lies in --data {data}, and would be taken for clips: put "
                             "it outside")
-    paths = files_below(data)
-    listing = repr([(path, path.stat().st_size) for path in paths])
-    return f"{len(paths)} files, checksum {zlib.crc32(listing.encode()):08x}"
+    paths, _ = files_below(data)
+    crc = 0
+    for path in paths:
+        size = path.stat().st_size
+        crc = zlib.crc32(os.fsencode(f"{path} {size}"), crc)
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # the reader will name it
+            crc = zlib.crc32(file.read(2 ** 16), crc)
+            file.seek(max(0, size - 2 ** 16))
+            crc = zlib.crc32(file.read(), crc)
+    return f"{len(paths)} files, checksum {crc:08x}"
 
 
 # ------------------------------------------------------------ captions
@@ -530,13 +486,17 @@ PAD = 0  # a caption of padding alone is the empty caption of classifier-free gu
 
 
 def words(caption):
-    """'A red circle' -> ['a', 'red', 'circle']"""
-    return re.findall(r"\w+", caption.lower())
+    """'A red circle' -> ['a', 'red', 'circle']: what stands between white space, punctuation and
+    symbols, if it has a letter or digit. Marks, such as vowels in Hindi and Thai, belong to it."""
+    text = nfc(caption.lower())
+    spaced = "".join(" " if unicodedata.category(c)[0] in "PSZ" else c for c in text)
+    return [word for word in spaced.split() if any(map(str.isalnum, word))]
 
 
 def tokenize(captions, vocabulary, length):
-    """Captions -> token ids [b, length], cut or padded. Words that training never saw are named
-    and left out; a caption of nothing else is refused: it would give the clip of no caption."""
+    """Captions -> token ids [b, length], cut or padded. Words that training never saw, and those
+    that do not fit, are named and left out; a caption of nothing else is refused: it would give the
+    clip of no caption."""
     token_id = {word: i for i, word in enumerate(vocabulary)}
     unknown = set(words(" ".join(captions))) - set(token_id)
     if unknown:
@@ -544,11 +504,14 @@ def tokenize(captions, vocabulary, length):
                  f"{', '.join(sorted(unknown))}")
     rows = []
     for caption in captions:
-        row = [token_id[word] for word in words(caption) if word in token_id][:length]
+        row = [token_id[word] for word in words(caption) if word in token_id]
         if not row:
             cli.exit_with_error(f"no word of '{caption[:100]}' is known; known are: "
                                 f"{', '.join(vocabulary[1:20])}")
-        rows.append(row + [PAD] * (length - len(row)))
+        if row[length:]:
+            cut = " ".join(vocabulary[i] for i in row[length:])
+            cli.warn(f"warning: the model reads {length} words; left out are: {cut}")
+        rows.append(row[:length] + [PAD] * (length - len(row)))
     return torch.tensor(rows)
 
 
@@ -604,6 +567,7 @@ class Latents:
                 captions=sorted({self.records[i].caption for i in self.train}),
                 held_out_captions=self.checkpoint["held_out_captions"],
                 latent_shape=list(self.latents.shape[1:]),
+                fps=self.checkpoint["config"]["fps"],
                 vae_checksum=self.checkpoint["vae_checksum"])
             self.x0(self.train[:1])  # raises if mean and std do not fit the latents
 

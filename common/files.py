@@ -39,6 +39,14 @@ def write_atomically(path, write):
             aside.unlink()
 
 
+def allocate(path, n_bytes):
+    """Makes a file. A full disk shows now, not as a crash while it is mapped."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        file.truncate(n_bytes)
+
+
 def save(path, **checkpoint):
     """Writes a checkpoint: torch.load(path, weights_only=True) reads it."""
     write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
@@ -71,7 +79,8 @@ def load(path, *stages):
                     raise ValueError("a wrong checksum")
         is_data = "latents" in stages  # maybe larger than memory; no other file stays open
         sharing = contextlib.nullcontext()
-        if is_data and sys.platform != "win32":  # a private mapping would count as memory
+        # A private mapping would count as memory; a shared one takes the right to write.
+        if is_data and sys.platform != "win32" and os.access(path, os.W_OK):
             sharing = torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
         with sharing:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_data)
