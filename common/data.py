@@ -8,17 +8,14 @@ records, and vae.py writes their latents once, with everything that later stages
     Latents(path)              -> for dit.py and on    x0(indices), draw(...), metadata
 """
 import contextlib
-import csv
 import errno
-import io
 import json
 import math
 import os
-import re
 import shutil
 import unicodedata
 import zlib
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +23,7 @@ import torch
 from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
-from common import cli, files, player, training
+from common import cli, files, reader, training
 
 # split: "train", "picture" (trained on beside first frames) or "test"; row: where its pixels are.
 Record = namedtuple("Record", "caption split row")
@@ -122,98 +119,7 @@ class Shapes:
         return rearrange(pixels, "b t h w c -> b c t h w") * 2 - 1
 
 
-# ------------------------------------------------------------ a folder of clips and captions
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # a video of one frame each
-BESIDE = (".txt", ".npy", ".md", ".csv", ".json", ".jsonl")  # what lies beside clips
-
-
-def files_below(folder):
-    """-> all files of a folder and its folders, in order, but for hidden ones; and {reason: paths}
-    of what is left out. Linked folders are not entered: they lie elsewhere."""
-    paths = []
-    skipped = defaultdict(list)
-
-    def unreadable(error):
-        skipped["an unreadable folder"].append(error.filename)
-
-    for root, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [*folders, *names]:
-            path = Path(root, name)
-            if os.path.isfile(path) and not name.startswith("."):
-                paths.append(path)
-            elif path.is_symlink():
-                skipped["a link to a folder, or to nothing"].append(path)
-    return sorted(paths), skipped
-
-
-def read_text(path):
-    """Raises ValueError where that is not UTF-8."""
-    with contextlib.suppress(UnicodeDecodeError):
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" not in text:  # as in UTF-16
-            return text
-    raise ValueError("text in UTF-16 or another encoding, not UTF-8")
-
-
-def read_table(table):
-    """metadata.csv or metadata.jsonl -> [(file name, caption)], "" for none"""
-    try:
-        text = read_text(table)
-    except ValueError as error:
-        cli.exit_with_error(f"{table} is {error}")
-    with files.reading(table):
-        if table.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        else:
-            rows = [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
-    if not rows or not all({"file_name", "text"} <= row.keys() for row in rows):
-        cli.exit_with_error(f"{table} needs the columns file_name and text")
-    captions = [str(row["text"]) for row in rows]
-    empty = "none", "nan", ""
-    return [(str(row["file_name"]), "" if caption.strip().lower() in empty else caption)
-            for row, caption in zip(rows, captions)]
-
-
-def nfc(text):
-    """Text in which an accent is no character of its own: a Mac's names come so, and so."""
-    return unicodedata.normalize("NFC", str(text))
-
-
-def find_clips(folder):
-    """-> the layout; {path: caption, or the file that holds it}; and {reason: paths} of what is
-    left out. The layout is that of the Hub, metadata.csv or metadata.jsonl; or name.txt beside each
-    clip; or class folders, whose names are captions."""
-    paths, skipped = files_below(folder)
-    clips = {nfc(path): path for path in paths if path.suffix.lower() not in BESIDE}
-    texts = {nfc(path.with_suffix("")): path for path in paths if path.suffix == ".txt"}
-    beside = {path: texts.get(nfc(path.with_suffix(""))) for path in clips.values()}
-    tables = [path for path in paths if path.name in ("metadata.csv", "metadata.jsonl")]
-    captions = {}
-    if tables:
-        layout = "metadata"
-        for table in tables:
-            for name, caption in read_table(table):
-                path = clips.get(nfc(table.parent / name))
-                if path is None:  # nor is an absolute path, or one with ..
-                    skipped[f"in {table.name}, but no clip"].append(table.parent / name)
-                elif path in captions:
-                    skipped["a second caption"].append(path)
-                elif caption:
-                    captions[path] = caption
-    elif any(beside.values()):
-        layout = ".txt files"
-        captions = {path: text for path, text in beside.items() if text}
-        skipped["a caption without a clip"] += set(texts.values()) - set(captions.values())
-    else:
-        layout = "class folders"
-        for path in clips.values():  # ApplyEyeMakeup, brush_hair
-            if path.parent != Path(folder):
-                spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_-]", " ", path.parent.name)
-                captions[path] = spaced.lower()
-    skipped["no caption"] += [path for path in beside if path not in captions]
-    return layout, captions, skipped
+# ------------------------------------------------------------ a folder of real clips
 
 
 def read_embedding(path):
@@ -229,28 +135,27 @@ def read_embedding(path):
     return torch.from_numpy(array)
 
 
-# ------------------------------------------------------------ one file of frames
-
-
 def read_clip(path, caption, settings, store):
     """Appends a clip's frames to an open file; of a damaged clip those before the damage. caption:
     it, or the file that holds it. -> the caption, the number of frames, the channels of the clip's
-    embedding or None, and what is wrong or None"""
+    embedding or None, and what is wrong or None. Raises OSError on a full disk."""
+    text = caption
+    caption = ""
     dim = None
     count = 0
     try:
-        if isinstance(caption, Path):
-            caption = read_text(caption)
-        caption = nfc(" ".join(caption.split()))
+        if isinstance(text, Path):
+            text = reader.read_text(text)
+        caption = reader.nfc(" ".join(text.split()))
         if not 0 < len(words(caption)) <= 512:
             raise ValueError("a caption takes 1 to 512 words")
         embedding = read_embedding(path)
         dim = None if embedding is None else embedding.shape[1]
         _, height, width = settings["size"]
-        if path.suffix.lower() in PICTURES:
-            images = [player.read_picture(path, height, width)]
+        if path.suffix.lower() in reader.PICTURES:
+            images = [reader.read_picture(path, height, width)]
         else:
-            images = player.read_frames(path, settings["fps"], height, width)
+            images = reader.read_frames(path, settings["fps"], height, width)
         for image in images:
             store.write(image.tobytes())
             count += 1
@@ -258,7 +163,7 @@ def read_clip(path, caption, settings, store):
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
-        return caption, count, dim, f"damaged after its first {count} frames" if count else reason
+        return caption, count, dim, "damaged, read as far as it goes" if count else reason
     return caption, count, dim, None
 
 
@@ -330,7 +235,7 @@ def usable_clips(settings, store):
     """Reads the clips of a folder into a store. -> those of at least --size's frames, and the
     pictures beside them, two lists of Clip; says what was found, and what was left out."""
     t, height, width = settings["size"]
-    layout, found, skipped = find_clips(settings["data"])
+    layout, found, skipped = reader.find_clips(settings["data"])
     clips = []
     pictures = []
     end = 0
@@ -339,14 +244,15 @@ def usable_clips(settings, store):
         end += count
         if error:
             skipped[error].append(path)
+        is_picture = count and path.suffix.lower() in reader.PICTURES
         if count >= t:
             clips.append(clip)
-        elif path.suffix.lower() not in PICTURES:
-            skipped[f"fewer than {t} frames at --fps {settings['fps']}"] += [path] * (not error)
-        elif not settings["picture_share"]:
-            skipped["a picture, and --picture-share is 0"].append(path)
-        elif count:
+        elif is_picture and settings["picture_share"]:
             pictures.append(clip)
+        elif is_picture:
+            skipped["a picture, and --picture-share is 0"].append(path)
+        elif not error:
+            skipped[f"fewer than {t} frames at --fps {settings['fps']}"].append(path)
     for reason, paths in skipped.items():
         names = ", ".join(os.path.relpath(path, settings["data"]) for path in paths[:10])
         if paths:
@@ -369,12 +275,19 @@ def store_frames(settings, path):
     whose rows are the windows' first frames there."""
     t, height, width = settings["size"]
     store = path.with_suffix(".bin")
-    clips, pictures = usable_clips(settings, store)
+    try:
+        clips, pictures = usable_clips(settings, store)
+    except OSError as error:
+        cli.exit_with_error(f"cannot fill {store}: {error}; a smaller --size or --fps takes less")
     _, captions, firsts, counts, _ = zip(*clips)
     train, test = choose_windows(captions, firsts, counts, t, settings["clips"])
     frames = map_frames(store, height, width)
-    # An encoder changes values by 3 where a picture stands still.
-    moving = [first for first in train if t == 1 or np.ptp(frames[first:first + t], 0).max() > 3]
+
+    def moves(first):
+        few = frames[[first, first + t // 2, first + t - 1]]
+        return t == 1 or np.ptp(few, axis=0).max() > 3  # less is an encoder's
+
+    moving = [first for first in train if moves(first)]
 
     def records_of(windows, split):
         places = np.searchsorted(firsts, windows, side="right") - 1
@@ -468,7 +381,7 @@ def describe_folder(data, run):
     if run.resolve().is_relative_to(Path(data).resolve()):
         cli.exit_with_error(f"--run {run} lies in --data {data}, and would be taken for clips: put "
                             "it outside")
-    paths, _ = files_below(data)
+    paths, _ = reader.files_below(data)
     crc = 0
     for path in paths:
         size = path.stat().st_size
@@ -488,7 +401,7 @@ PAD = 0  # a caption of padding alone is the empty caption of classifier-free gu
 def words(caption):
     """'A red circle' -> ['a', 'red', 'circle']: what stands between white space, punctuation and
     symbols, if it has a letter or digit. Marks, such as vowels in Hindi and Thai, belong to it."""
-    text = nfc(caption.lower())
+    text = reader.nfc(caption.lower())
     spaced = "".join(" " if unicodedata.category(c)[0] in "PSZ" else c for c in text)
     return [word for word in spaced.split() if any(map(str.isalnum, word))]
 

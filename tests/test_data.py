@@ -6,9 +6,12 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,31 +22,56 @@ import torch
 from conftest import train
 from PIL import Image
 
-from common import data, training
+from common import data, reader, training
+
+FORMATS = {".mkv": "matroska", ".webm": "matroska", ".ts": "mpegts", ".mpg": "mpeg"}
 
 
-def film(frames=40, suffix=".mp4", codec="libx264", rotation=0, uneven=False, **options):
-    """64x48 pixels that say which frame it is: one grey on the left, one on the right."""
+def numbered(i):
+    """48x64 pixels that say which frame it is: one grey on the left, one on the right."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32] = i // 16 % 16 * 16
+    pixels[:, 32:] = i % 16 * 16
+    return pixels
+
+
+def quarters(i):
+    """Red and green above, blue and yellow below."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32] = 220, 20, 20
+    pixels[:24, 32:] = 20, 220, 20
+    pixels[24:, :32] = 20, 20, 220
+    pixels[24:, 32:] = 220, 220, 20
+    return pixels
+
+
+def film(frames=40, suffix=".mp4", codec="libx264", picture=numbered, times=None, aspect=None,
+         **options):
+    """times: when each frame is shown, in ms; without them 25 frames per second."""
     file = io.BytesIO()
-    names = {".mkv": "matroska", ".webm": "webm", ".ts": "mpegts", ".mpg": "mpeg"}
-    with av.open(file, "w", format=names.get(suffix, suffix[1:])) as container:
+    with av.open(file, "w", format=FORMATS.get(suffix, suffix[1:])) as container:
         stream = container.add_stream(codec, rate=25, options=options)
-        stream.width = 64
-        stream.height = 48
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000 if uneven else 25)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for i in range(frames):
-            pixels = np.zeros((48, 64, 3), np.uint8)
-            pixels[:, :32] = i // 16 % 16 * 16
-            pixels[:, 32:] = i % 16 * 16
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
-            frame.pts = 40 * i + i * i % 30 if uneven else i
+        stream.height, stream.width, _ = picture(0).shape
+        stream.pix_fmt = dict(gif="rgb8", mjpeg="yuvj420p").get(codec, "yuv420p")
+        stream.codec_context.time_base = Fraction(1, 1000 if times else 25)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for i in range(len(times) if times else frames):
+            frame = av.VideoFrame.from_ndarray(picture(i), "rgb24")
+            frame.pts = times[i] if times else i
             frame.time_base = stream.codec_context.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def numbers(frames):
+    """Frames [..., 3, h, w] -> which they are, [...], modulo 256."""
+    width = frames.shape[-1]
+    grey = np.asarray(frames)[..., 4:12, :].astype(float).mean((-3, -2))
+    left = (grey[..., width // 8:width * 3 // 8].mean(-1) / 16).round()
+    right = (grey[..., width * 5 // 8:width * 7 // 8].mean(-1) / 16).round()
+    return (left * 16 + right).astype(int)
 
 
 def captions_of(clips, *splits):
@@ -53,11 +81,9 @@ def captions_of(clips, *splits):
 
 def frame_numbers(clips, *splits):
     """Which frames the windows of these splits show, [n, t], modulo 256."""
-    rows = [record.row for record in clips.records if not splits or record.split in splits]
-    pixels = clips.pixels[rows].float().mean(2)  # [n, t, h, w]
-    left = pixels[..., 4:12, 2:6].mean((-1, -2))
-    right = pixels[..., 4:12, 10:14].mean((-1, -2))
-    return ((left / 16).round() * 16 + (right / 16).round()).int()
+    indices = data.indices_of(clips.records, *(splits or ("train", "test")))
+    pixels = (clips.clip(indices).transpose(1, 2) + 1) * 127.5
+    return torch.from_numpy(numbers(pixels))
 
 
 def sound():
@@ -89,12 +115,13 @@ def write(folder, name="a.mp4", data=FILM, caption=b"a clip", embedding=None):
 
 
 def settings_for(folder, clips=1000):
-    return dict(data=str(folder), size=(5, 16, 16), clips=clips, stride=2, picture_share=0.5,
+    """25 frames per second: every frame of the films here."""
+    return dict(data=str(folder), size=(5, 16, 16), clips=clips, fps=25, picture_share=0.5,
                 folder=data.describe_folder(str(folder), Path("nowhere")))
 
 
 def read(folder, clips=1000):
-    return data.open_clips(settings_for(folder, clips), Path(f"{folder} run", "windows.pt"))
+    return data.open_clips(settings_for(folder, clips), Path(f"{folder} run", "frames.pt"))
 
 
 def refused(folder, capsys):
@@ -103,6 +130,185 @@ def refused(folder, capsys):
         read(folder)
     assert stop.value.code == 2
     return capsys.readouterr().err
+
+
+# ------------------------------------------------------------ which frames are read
+
+
+def shown(times, fps=5):
+    """Of frames that are shown from these ms on, 40 ms the last: which one a player shows at each
+    time k / fps."""
+    at = np.arange(times[0], times[-1] + 40, 1000 / fps)
+    return np.searchsorted(times, at, side="right") - 1
+
+
+def remuxed(sources, change=lambda packets: packets, suffix=".mp4", default=None):
+    """The packets of films, changed but not encoded anew. default: the stream to be shown."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=FORMATS.get(suffix, suffix[1:])) as target:
+        packets = []
+        for i, source in enumerate(sources):
+            given = av.open(io.BytesIO(source)).streams.video[0]
+            stream = target.add_stream_from_template(given)
+            if default is not None:
+                stream.disposition = av.stream.Disposition(int(i == default))
+            for packet in change([p for p in given.container.demux(given) if p.size]):
+                packet.stream = stream
+                packets.append(packet)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            target.mux(packet)
+    return file.getvalue()
+
+
+def shifted(packets):
+    """As `ffmpeg -ss 0.33 -c copy` cuts: an edit list hides what lies before."""
+    for packet in packets:
+        packet.pts -= int(0.33 / packet.time_base)
+        packet.dts -= int(0.33 / packet.time_base)
+    return packets
+
+
+def last_twice_as_long(packets):
+    packets[-1].duration *= 2
+    return packets
+
+
+def without_rate(webm):
+    """As browsers record: the element DefaultDuration becomes void."""
+    place = webm.index(b"\x23\xe3\x83")
+    length = 4 + (webm[place + 3] & 0x7f)
+    void = b"\xec" + bytes([0x80 | length - 2]) + bytes(length - 2)
+    return webm[:place] + void + webm[place + length:]
+
+
+def of_101_frames(avi):
+    """A header that says one frame more than there are."""
+    place = avi.index(b"strh") + 40
+    return avi[:place] + (101).to_bytes(4, "little") + avi[place + 4:]
+
+
+EVEN = list(range(0, 4000, 40))
+UNEVEN = [40 * i + i * i % 30 for i in range(100)]
+SLOW_START = [0, *range(8040, 12000, 40)]
+COVER = film(1, ".mkv", "mjpeg", lambda i: np.full((48, 64, 3), 255, np.uint8))
+OTHER = film(picture=lambda i: numbered(i + 100))
+LONG = film(100, g="50")
+PLAYED = {  # -> a film, its suffix, and which of its frames a player shows at 5 per second
+    "mp4": (LONG, ".mp4", shown(EVEN)),
+    "mp4, uneven": (film(times=UNEVEN), ".mp4", shown(UNEVEN)),
+    "mp4, B-frames": (film(times=SLOW_START, bf="2"), ".mp4", shown(SLOW_START)),
+    "mkv": (film(100, ".mkv"), ".mkv", shown(EVEN)),
+    "mkv, its first picture stands": (film(0, ".mkv", times=SLOW_START), ".mkv", shown(SLOW_START)),
+    "mkv, every third": (film(suffix=".mkv", times=[3 * t for t in EVEN]), ".mkv",
+                         shown([3 * t for t in EVEN])),
+    "webm": (film(100, ".webm", "libvpx"), ".webm", shown(EVEN)),
+    "webm, no rate": (without_rate(film(suffix=".webm", codec="libvpx", times=UNEVEN)), ".webm",
+                      shown(UNEVEN)),
+    "avi": (film(100, ".avi", "mpeg4", g="12", bf="2", b="4000000"), ".avi", shown(EVEN)),
+    "avi, h264": (film(100, ".avi"), ".avi", shown(EVEN)),
+    "avi, a wrong count": (of_101_frames(film(100, ".avi", "mpeg4")), ".avi", shown(EVEN)),
+    "mpg": (film(100, ".mpg", "mpeg2video", g="12"), ".mpg", shown(EVEN)),
+    "ts": (film(100, ".ts", g="30"), ".ts", shown(EVEN)),
+    "ts, cut": (remuxed([film(100, ".ts", g="10", sc_threshold="0")], lambda packets: packets[4:], ".ts"), ".ts",
+                10 + shown(EVEN[10:])),
+    "gif": (film(100, ".gif", "gif"), ".gif", shown(EVEN)),
+    "gif, uneven": (film(suffix=".gif", codec="gif", times=[t // 10 * 10 for t in UNEVEN]), ".gif",
+                    shown([t // 10 * 10 for t in UNEVEN])),
+    "cut": (remuxed([LONG], shifted), ".mp4", 8 + shown(EVEN[8:])),
+    "the last stands": (remuxed([LONG], last_twice_as_long), ".mp4", shown(EVEN)),
+    "a preview first": (remuxed([OTHER, LONG], default=1), ".mp4", shown(EVEN)),
+    "a cover first": (remuxed([COVER, LONG], suffix=".mkv"), ".mkv", shown(EVEN)),
+    "a clock that jumps": (film(suffix=".mkv", times=[t + 36_000_000 * (t > 1990) for t in EVEN]),
+                           ".mkv", [*shown(EVEN[:50]), *50 + shown(EVEN[50:])]),
+    "truncated": (film(100, ".mkv", g="10")[:-2000], ".mkv", None),
+}
+
+
+@pytest.mark.parametrize("kind", PLAYED)
+def test_the_frames_are_those_that_a_player_shows(tmp_path, kind):
+    content, suffix, expected = PLAYED[kind]
+    write(tmp_path, "a" + suffix, content)
+    frames = list(reader.read_frames(tmp_path / f"a{suffix}", 5, 48, 64))
+    read = numbers(np.stack(frames))
+    if expected is None:  # as far as it goes
+        expected = shown(EVEN)[:len(read)]
+        assert 5 < len(read) < 20
+    assert abs(len(read) - len(expected)) <= 1
+    few = min(len(read), len(expected))
+    slack = 1 if kind in ("mpg", "cut") else 0  # where the times are not those of the encoder
+    assert (np.abs(read[:few] - expected[:few]) <= slack).all()
+
+
+ONE = 65536
+TURNS = {  # the display matrix, x' = a·x + c·y and y' = b·x + d·y -> red, green / blue, yellow then
+    "as it is": (1, 0, 0, 1, "RG/BY"), "mirrored": (-1, 0, 0, 1, "GR/YB"),
+    "upside down": (1, 0, 0, -1, "BY/RG"), "by 180 degrees": (-1, 0, 0, -1, "YB/GR"),
+    "right": (0, 1, -1, 0, "BR/YG"), "left": (0, -1, 1, 0, "GY/RB"),
+    "transposed": (0, 1, 1, 0, "RB/GY"), "transposed, by 180": (0, -1, -1, 0, "YG/BR")}
+LYING = film(3, picture=quarters)
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_film_is_read_upright_and_mirrored_as_a_player_shows_it(tmp_path, kind):
+    a, b, c, d, expected = TURNS[kind]
+    matrix = struct.pack(">9i", ONE, 0, 0, 0, ONE, 0, 0, 0, ONE << 14)
+    turned = struct.pack(">9i", a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, ONE << 14)
+    place = LYING.index(matrix, LYING.index(b"tkhd"))
+    write(tmp_path, data=LYING[:place] + turned + LYING[place + 36:])
+    frame = next(reader.read_frames(tmp_path / "a.mp4", 25, 16, 16))
+    names = []
+    for y in 4, 12:
+        colors = [frame[:, y, x] > 120 for x in (4, 12)]
+        names.append("".join("Y" if rgb[:2].all() else "RGB"[rgb.argmax()] for rgb in colors))
+    assert "/".join(names) == expected
+
+
+def test_pixels_are_square_and_the_middle_is_read(tmp_path):
+    def picture(i):  # of 96x48 when shown, with a square of 24x24 in the middle
+        pixels = np.full((48, 48, 3), 40, np.uint8)
+        pixels[12:36, 18:30] = 220
+        return pixels
+
+    for suffix in ".mp4", ".mkv":
+        write(tmp_path, "a" + suffix, film(3, suffix, picture=picture, aspect=Fraction(2, 1)))
+        frame = next(reader.read_frames(tmp_path / f"a{suffix}", 25, 24, 24))
+        bright = frame.mean(0) > 130
+        assert (bright.any(0).nonzero()[0][[0, -1]] == (6, 17)).all()
+        assert (bright.any(1).nonzero()[0][[0, -1]] == (6, 17)).all()
+
+
+def test_what_is_clear_is_white_in_films_too(tmp_path):
+    image = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[image.rotate(180)], duration=100)
+    for frame in reader.read_frames(tmp_path / "a.gif", 10, 16, 16):
+        white = frame.min(0) > 250
+        red = (frame[0] > 250) & (frame[1] < 5)
+        assert white.sum() == red.sum() == 128
+        break
+
+
+def test_colours_are_those_of_the_films_own_matrix_and_range(tmp_path):
+    for space, full, name in (1, False, "bt709"), (5, True, "bt470bg"):
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=25, options=dict(crf="1"))
+            stream.width = 64
+            stream.height = 48
+            stream.pix_fmt = "yuv420p"
+            frame = av.VideoFrame.from_ndarray(quarters(0), "rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709" if space == 1 else "ITU601",
+                dst_color_range="JPEG" if full else "MPEG")
+            stream.codec_context.colorspace = space
+            stream.codec_context.color_range = 2 if full else 1
+            container.mux([*stream.encode(frame), *stream.encode()])
+        write(tmp_path, f"{name}.mp4", file.getvalue())
+        frame = next(reader.read_frames(tmp_path / f"{name}.mp4", 25, 48, 64))
+        difference = np.abs(frame[:, 4:20, 4:28].mean((1, 2)) - (220, 20, 20))
+        assert difference.max() < 6, name
+
+
+# ------------------------------------------------------------ folders
 
 
 def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, capsys):
@@ -127,28 +333,6 @@ def test_with_few_clips_the_last_tenth_of_each_is_tested_on_and_never_trained_on
     test = frame_numbers(clips, "test")
     assert len(test) and train.max() < test.min()
     assert test.min() == options["frames"] - max(9, options["frames"] // 10)
-
-
-FILMS = {
-    "every 12th a keyframe": dict(g="12"), "mkv": dict(suffix=".mkv", g="30"),
-    "webm": dict(suffix=".webm", codec="libvpx", g="30"), "ts": dict(suffix=".ts", g="30"),
-    "mpg": dict(suffix=".mpg", codec="mpeg2video", g="12"),
-    "open groups": {"g": "30", "x264-params": "open-gop=1:bframes=3"},
-    "avi": dict(suffix=".avi", codec="mpeg4", g="12", bf="2", b="4000000"),
-    "avi, h264": dict(suffix=".avi"),
-    "one keyframe": dict(g="999"), "all keyframes": dict(g="1"),
-    "short groups": dict(g="2", bf="1")}
-
-
-@pytest.mark.parametrize("kind", FILMS)
-def test_a_window_is_every_second_frame_from_its_first_on(tmp_path, kind):
-    write(tmp_path, data=film(900, **FILMS[kind]), name="a" + FILMS[kind].get("suffix", ".mp4"))
-    clips = read(tmp_path, clips=3)
-    numbers = frame_numbers(clips)
-    steps = (numbers - numbers[:, :1]) % 256
-    assert steps.tolist() == [[0, 2, 4, 6, 8]] * len(numbers)
-    starts = (numbers[:3, 0] - torch.linspace(0, 801, 3)) % 256
-    assert ((starts < 2) | (starts > 256 - 90)).all()  # where planned, or at a keyframe before
 
 
 class Counting:
@@ -182,22 +366,15 @@ def decoded(monkeypatch):
     return frames
 
 
-def test_of_a_long_film_only_the_wanted_frames_are_decoded(tmp_path, decoded):
-    write(tmp_path, data=film(9000, g="50"))
-    clips = read(tmp_path, clips=20)
-    assert len(clips.records) == 22
-    assert len(decoded) <= 22 * 9 + 2 * 50  # of the last two one cannot begin at a keyframe
-
-
 def test_what_has_been_read_is_not_read_again_even_if_the_folder_is_emptied(tmp_path, decoded):
     clips = tmp_path / "clips"
     clips.mkdir()
     write(clips)
     settings = settings_for(clips)
-    first = data.open_clips(settings, tmp_path / "windows.pt")
+    first = data.open_clips(settings, tmp_path / "frames.pt")
     del decoded[:]
     (clips / "a.mp4").unlink()
-    again = data.open_clips(settings, tmp_path / "windows.pt")
+    again = data.open_clips(settings, tmp_path / "frames.pt")
     assert not decoded
     assert torch.equal(first.clip([0, 5]), again.clip([0, 5])) and first.records == again.records
 
@@ -229,14 +406,14 @@ def test_killed_while_it_reads_it_goes_on_where_it_was(tmp_path, decoded):
     clips.mkdir()
     write_many(clips, 19)
     settings = settings_for(clips)
-    killed = tmp_path / "killed" / "windows.pt"
+    killed = tmp_path / "killed" / "frames.pt"
     command = [sys.executable, "-c", KILLED, repr(settings), killed]
     process = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
     assert process.returncode == -signal.SIGKILL
     assert list(killed.parent.glob("windows-*.bin")) and not killed.exists()
     data.open_clips(settings, killed)
     assert len(decoded) == 8 * 40
-    data.open_clips(settings, tmp_path / "windows.pt")
+    data.open_clips(settings, tmp_path / "frames.pt")
     stores = [next(folder.glob("windows-*.bin")) for folder in (killed.parent, tmp_path)]
     assert stores[0].read_bytes() == stores[1].read_bytes()
 
@@ -246,9 +423,9 @@ def test_what_was_half_read_with_other_settings_is_read_anew(tmp_path):
     clips.mkdir()
     write_many(clips, 3)
     settings = settings_for(clips)
-    data.open_clips(settings, tmp_path / "windows.pt")
-    (tmp_path / "windows.pt").unlink()  # as if it had been killed
-    clips = data.open_clips(settings | dict(stride=1), tmp_path / "windows.pt")
+    data.open_clips(settings, tmp_path / "frames.pt")
+    (tmp_path / "frames.pt").unlink()  # as if it had been killed
+    clips = data.open_clips(settings | dict(stride=1), tmp_path / "frames.pt")
     numbers = frame_numbers(clips)
     assert (numbers - numbers[:, :1]).tolist() == [[0, 1, 2, 3, 4]] * len(numbers)
     assert len(list(tmp_path.glob("windows-*.bin"))) == 1
@@ -366,15 +543,6 @@ def test_of_many_that_cannot_be_used_ten_are_named_and_all_counted(tmp_path, cap
     assert skipped.count("skipped ") == 10 and "25 skipped" in told
 
 
-@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
-def test_a_film_is_read_upright_as_a_player_shows_it(tmp_path, rotation):
-    write(tmp_path, data=film(rotation=rotation))
-    clips = read(tmp_path)
-    pixels = clips.pixels[clips.records[-1].row, 1].float().mean(0)  # frame 33: 32 left, 16 right
-    lying = np.rot90(pixels, -rotation // 90)
-    assert abs(lying[:, :4].mean() - 32) < 4 and abs(lying[:, -4:].mean() - 16) < 4
-
-
 def test_hundreds_of_clips_need_few_open_files(tmp_path, capsys):
     write_many(tmp_path, 300, caption="one of {0:03}"[:6])
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -467,7 +635,7 @@ def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsy
     clips = read(tmp_path)
     assert "damaged.jpg: " in capsys.readouterr().err
     without = data.open_clips(settings_for(tmp_path) | dict(picture_share=0.0),
-                            Path(f"{tmp_path} without", "windows.pt"))
+                            Path(f"{tmp_path} without", "frames.pt"))
     assert set(captions_of(without)) == {"a film"}
     assert captions_of(clips, "picture") == ["red above"]
     assert set(captions_of(clips, "train")) == set(captions_of(clips, "test")) == {"a film"}
