@@ -181,7 +181,7 @@ def test_a_damaged_metrics_file(run, refused, name, data):
 # ------------------------------------------------------------ flags
 
 NUMBERS = {  # flags that take a number of at least 0
-    "vae": "--steps --batch-size --stride --clips --width --lr --kl --ema --save-every",
+    "vae": "--steps --batch-size --fps --clips --width --lr --kl --ema --save-every",
     "dit": "--width --depth --heads --head-dim --ffn --lr --cfg-dropout",
     "prune": "--mask-steps --mask-lr", "sample": "--sampling-steps --fps --score --cfg",
     "distill": "--teacher-steps --d-lr --adversarial --distillation --frozen-blocks"}
@@ -215,7 +215,8 @@ def test_a_flag_that_makes_no_sense(refused, name, flag):
     ("dit", "--head-dim 5", "even"), ("prune", "--blocks 9", "has 3"),
     ("prune", "--ffn -5", "--ffn"), ("prune", "--blocks 3 --heads 4 --ffn 64", "nothing to cut"),
     ("distill", "--adversarial 0 --distillation 0", "nothing to learn"),
-    ("distill", "--frozen-blocks 7", "7"), ("sample", "--out red.avi", ".mp4")])
+    ("distill", "--frozen-blocks 7", "7"), ("sample", "--out red.avi", ".mp4"),
+    ("sample", "--out red.gif --fps 51", "browsers")])
 def test_flags_that_do_not_fit(refused, name, flags, word):
     refused(name, *flags.split(), word=word)
 

@@ -168,6 +168,11 @@ def shifted(packets):
     return packets
 
 
+def begun_late(packets):
+    """Between two keyframes: what comes before the second cannot be decoded."""
+    return packets[4:]
+
+
 def last_twice_as_long(packets):
     packets[-1].duration *= 2
     return packets
@@ -209,7 +214,7 @@ PLAYED = {  # -> a film, its suffix, and which of its frames a player shows at 5
     "avi, a wrong count": (of_101_frames(film(100, ".avi", "mpeg4")), ".avi", shown(EVEN)),
     "mpg": (film(100, ".mpg", "mpeg2video", g="12"), ".mpg", shown(EVEN)),
     "ts": (film(100, ".ts", g="30"), ".ts", shown(EVEN)),
-    "ts, cut": (remuxed([film(100, ".ts", g="10", sc_threshold="0")], lambda packets: packets[4:], ".ts"), ".ts",
+    "ts, cut": (remuxed([film(100, ".ts", g="10", sc_threshold="0")], begun_late, ".ts"), ".ts",
                 10 + shown(EVEN[10:])),
     "gif": (film(100, ".gif", "gif"), ".gif", shown(EVEN)),
     "gif, uneven": (film(suffix=".gif", codec="gif", times=[t // 10 * 10 for t in UNEVEN]), ".gif",
@@ -324,15 +329,14 @@ def test_a_folder_of_clips_is_read_and_what_cannot_be_used_is_named(tmp_path, ca
     assert capsys.readouterr().err.count("skipped") == 1
 
 
-@pytest.mark.parametrize("options", [
-    dict(frames=40), dict(frames=250, g="12"), dict(frames=250, uneven=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(frames=40), dict(frames=250, g="12")], ids=str)
 def test_with_few_clips_the_last_tenth_of_each_is_tested_on_and_never_trained_on(tmp_path, options):
     write(tmp_path, data=film(**options))
     clips = read(tmp_path)
     train = frame_numbers(clips, "train")
     test = frame_numbers(clips, "test")
     assert len(test) and train.max() < test.min()
-    assert test.min() == options["frames"] - max(9, options["frames"] // 10)
+    assert test.min() == options["frames"] - max(5, options["frames"] // 10)
 
 
 class Counting:
@@ -387,52 +391,69 @@ def write_many(folder, n, data=FILM, caption="clip {}"):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from common import data
-read_clip = data.read_clip
+from common import data, reader
+read_frames = reader.read_frames
 calls = []
 def fatal(*arguments):
     calls.append(arguments)
-    if len(calls) == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read_clip(*arguments)
-data.read_clip = fatal
-data.os.cpu_count = lambda: 1
+    for i, frame in enumerate(read_frames(*arguments)):
+        if len(calls) == 12 and i == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield frame
+reader.read_frames = fatal
 data.open_clips(eval(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_killed_while_it_reads_it_goes_on_where_it_was(tmp_path, decoded):
+def in_a_process(code, *arguments, before=None):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          preexec_fn=before)
+
+
+def test_killed_while_it_reads_it_goes_on_with_the_next_clip(tmp_path, decoded):
     clips = tmp_path / "clips"
     clips.mkdir()
     write_many(clips, 19)
     settings = settings_for(clips)
     killed = tmp_path / "killed" / "frames.pt"
-    command = [sys.executable, "-c", KILLED, repr(settings), killed]
-    process = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
-    assert process.returncode == -signal.SIGKILL
-    assert list(killed.parent.glob("windows-*.bin")) and not killed.exists()
+    assert in_a_process(KILLED, repr(settings), killed).returncode == -signal.SIGKILL
+    assert killed.with_suffix(".bin").stat().st_size > 11 * 40 * 3 * 16 * 16 and not killed.exists()
     data.open_clips(settings, killed)
     assert len(decoded) == 8 * 40
     data.open_clips(settings, tmp_path / "frames.pt")
-    stores = [next(folder.glob("windows-*.bin")) for folder in (killed.parent, tmp_path)]
-    assert stores[0].read_bytes() == stores[1].read_bytes()
+    for name in "frames.bin", "frames.jsonl":
+        assert (killed.parent / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_what_was_half_read_with_other_settings_is_read_anew(tmp_path):
+def test_frames_of_other_settings_are_read_anew(tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
     write_many(clips, 3)
     settings = settings_for(clips)
     data.open_clips(settings, tmp_path / "frames.pt")
     (tmp_path / "frames.pt").unlink()  # as if it had been killed
-    clips = data.open_clips(settings | dict(stride=1), tmp_path / "frames.pt")
+    clips = data.open_clips(settings | dict(fps=50), tmp_path / "frames.pt")
     numbers = frame_numbers(clips)
-    assert (numbers - numbers[:, :1]).tolist() == [[0, 1, 2, 3, 4]] * len(numbers)
-    assert len(list(tmp_path.glob("windows-*.bin"))) == 1
+    assert set((numbers - numbers[:, :1]).flatten().tolist()) == {0, 1, 2}
+    assert len(clips.frames) == 3 * 80
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_many(clips, 3)
+    code = ("import sys; from pathlib import Path; from common import cli, data\n"
+            "cli.run_script(lambda: data.open_clips(eval(sys.argv[1]), Path(sys.argv[2])))")
+    done = in_a_process(code, repr(settings_for(clips)), tmp_path / "frames.pt",
+                        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    assert done.returncode == 2
+    last, = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "cannot fill" in last and "smaller --size" in last
 
 
 def test_twenty_files_of_which_few_can_be_used_are_few_clips(tmp_path):
-    write_many(tmp_path, 15, film(17), "clip")  # too short to train and test on
+    write_many(tmp_path, 15, film(4), "clip")  # too short
     write_many(tmp_path, 3, caption="clip")
     for i in range(10):
         write(tmp_path, f"bad{i}.mp4", b"no film")
@@ -440,11 +461,22 @@ def test_twenty_files_of_which_few_can_be_used_are_few_clips(tmp_path):
     assert captions_of(clips, "train") and captions_of(clips, "test")
 
 
+def windows_of(captions, counts, most, t=9):
+    """As choose_windows, but for each window the clip, and the place in it."""
+    counts = np.array(counts)
+    firsts = counts.cumsum() - counts
+    chosen = []
+    for windows in data.choose_windows(captions, firsts, counts, t, most):
+        clips = np.searchsorted(firsts, windows, side="right") - 1
+        chosen.append(np.stack([clips, windows - firsts[clips]], axis=1))
+    return chosen
+
+
 @pytest.mark.parametrize("n", [3, 60])
 def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
-    captions = np.array(["a cat", "a dog"] * n, object)[:n]
+    captions = (["a cat", "a dog"] * n)[:n]
     frames = np.arange(n) + 40
-    train, test = data.choose_windows(captions, frames, span=9, most=100_000)
+    train, test = windows_of(captions, frames, most=100_000)
     assert len(test) and (test[:, 1] + 9 <= frames[test[:, 0]]).all()
     if n >= 20:
         assert len(set(test[:, 0])) == n // 20 and not set(test[:, 0]) & set(train[:, 0])
@@ -455,17 +487,34 @@ def test_no_clip_and_no_frame_is_both_trained_and_tested_on(n):
 
 
 def test_where_every_clip_has_a_caption_of_its_own_none_is_held_out_whole():
-    captions = [str(i) for i in range(25)]
-    train, test = data.choose_windows(captions, np.full(25, 40), 9, 1000)
+    train, test = windows_of([str(i) for i in range(25)], [40] * 25, 1000)
     assert set(train[:, 0]) == set(test[:, 0]) == set(range(25))
     assert (train[:, 1].max(), test[:, 1].min()) == (22, 31)  # 9 frames from 22 on end before 31
 
 
-def test_where_clips_thins_away_a_caption_its_test_windows_go_too():
-    captions = np.array([f"clip {i}" for i in range(5)], object)
-    train, test = data.choose_windows(captions, np.full(5, 300), 9, 3)
-    assert len(train) == 3 and len(test) <= 1
-    assert {*test[:, 0]} <= {*train[:, 0]}
+def test_a_clip_too_short_to_be_tested_on_is_trained_on():
+    train, test = windows_of(["a cat", "a dog"], [17, 18], 1000)
+    assert train.tolist() == [*([0, i] for i in range(9)), [1, 0]] and test.tolist() == [[1, 9]]
+
+
+def test_windows_are_spread_evenly_over_all_clips():
+    train, test = windows_of(["a cat"] * 5, [300] * 5, 20)
+    assert np.bincount(train[:, 0]).tolist() == [4] * 5 and len(test) == 2
+
+
+def test_a_caption_that_training_does_not_know_is_not_tested(tmp_path):
+    write_many(tmp_path, 5)
+    clips = read(tmp_path, clips=3)  # windows; the first, the last and one between
+    assert len(captions_of(clips, "train")) == 3
+    assert set(captions_of(clips, "test")) <= set(captions_of(clips, "train"))
+
+
+def test_windows_in_which_nothing_changes_are_counted_and_not_trained_on(tmp_path, capsys):
+    write(tmp_path, "still.mkv", film(suffix=".mkv", times=[0, *range(2000, 2800, 40)]))
+    clips = read(tmp_path)
+    assert "; 46 in which nothing changes left out" in capsys.readouterr().out
+    numbers = frame_numbers(clips, "train")
+    assert len(numbers) == 13 and (numbers[:, 0] != numbers[:, -1]).all()
 
 
 ROWS = [("b/one.mp4", "a first clip"), ("two.mp4", 'a "second", clip'), ("two.mp4", "once more"),
@@ -497,9 +546,10 @@ def test_metadata_names_clips_and_their_captions(tmp_path, capsys, table):
     assert set(captions_of(clips)) == {"a first clip", 'a "second", clip'}
     told, skipped = capsys.readouterr()
     assert "metadata: 2 clips and 0 pictures with 2 captions" in told
-    for word in "two.mp4", "three.mp4", "x.mp4", "passwd", "four.mp4", "five.mp4":
+    for word in ("a second caption: train/two.mp4", "but no clip: train/three.mp4", "x.mp4",
+                 "passwd", "2, no caption: train/five.mp4, train/four.mp4"):
         assert word in skipped
-    assert f"{skipped.count('skipped ')} skipped" in told
+    assert "7 skipped" in told
 
 
 @pytest.mark.parametrize("table, text", [
@@ -540,7 +590,121 @@ def test_of_many_that_cannot_be_used_ten_are_named_and_all_counted(tmp_path, cap
         write(tmp_path, f"bad{i}.mp4", b"no film")
     read(tmp_path)
     told, skipped = capsys.readouterr()
-    assert skipped.count("skipped ") == 10 and "25 skipped" in told
+    assert skipped.count("bad") == 10 and "skipped 25, Invalid data" in skipped
+    assert "25 skipped" in told
+
+
+def test_links_and_what_cannot_be_entered_are_named(tmp_path, capsys, monkeypatch):
+    clips = tmp_path / "clips"
+    for folder in clips / "closed", tmp_path / "elsewhere":
+        folder.mkdir(parents=True)
+        write(folder, "b.mp4", caption=b"another")
+    write(clips)
+    write(clips, "linked.mp4", caption=b"a linked file")
+    (clips / "linked.mp4").rename(tmp_path / "linked.mp4")
+    (clips / "linked.mp4").symlink_to(tmp_path / "linked.mp4")
+    (clips / "set2").symlink_to(tmp_path / "elsewhere")
+    (clips / "gone.mp4").symlink_to("/nowhere/gone.mp4")
+    (clips / "gone.txt").write_text("gone")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert set(captions_of(read(clips))) == {"a clip", "a linked file"}
+    told, skipped = capsys.readouterr()
+    for word in ("2, a link to a folder, or to nothing: ", "set2", "gone.mp4",
+                 "1, a caption without a clip: gone.txt", "1, an unreadable folder: closed"):
+        assert word in skipped
+    assert "4 skipped" in told
+
+
+@pytest.mark.parametrize("table", [None, "metadata.csv", "metadata.jsonl"])
+def test_names_match_however_their_accents_are_written(tmp_path, table):
+    for i, form in enumerate(["NFC", "NFD"]):
+        name = unicodedata.normalize(form, f"café {i}.mp4")
+        write(tmp_path, name, caption=None)
+    other = {f"café {i}": unicodedata.normalize(form, f"café {i}")
+             for i, form in enumerate(["NFD", "NFC"])}
+    for caption, name in other.items():
+        if table is None:
+            (tmp_path / f"{name}.txt").write_text(caption)
+    if table:
+        with open(tmp_path / table, "w", encoding="utf-8") as file:
+            if table.endswith("csv"):
+                file.write("file_name,text\n")
+                file.writelines(f"{name}.mp4,{caption}\n\n" for caption, name in other.items())
+            else:
+                file.writelines(json.dumps(dict(file_name=f"{name}.mp4", text=caption)) + "\n\n"
+                                for caption, name in other.items())
+    assert set(captions_of(read(tmp_path))) == set(other)
+
+
+@pytest.mark.parametrize("table, text", [
+    ("metadata.csv", "file_name,text\na.mp4,NaN\nb.mp4,hello\n"),
+    ("metadata.jsonl", '{"file_name": "a.mp4", "text": NaN}\n\n'
+                       '{"file_name": "b.mp4", "text": "hello"}\n'),
+    ("metadata.jsonl", '{"file_name": "a.mp4", "text": null}\n'
+                       '{"file_name": "b.mp4", "text": "hello"}\n')])
+def test_a_table_may_have_blank_lines_and_lack_texts(tmp_path, capsys, table, text):
+    write(tmp_path, caption=None)
+    write(tmp_path, "b.mp4", caption=None)
+    (tmp_path / table).write_text(text)
+    assert set(captions_of(read(tmp_path))) == {"hello"}
+    assert "1, no caption: a.mp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_text_that_is_not_utf_8_is_called_that(tmp_path, capsys, name, encoding):
+    write(tmp_path)
+    text = "é" if encoding == "latin-1" else "a"
+    (tmp_path / name).write_bytes(f"file_name,text\na.mp4,{text}\n".encode(encoding))
+    assert "UTF-16 or another encoding, not UTF-8" in refused(tmp_path, capsys)
+
+
+def test_a_file_replaced_by_one_of_equal_size_is_noticed(tmp_path):
+    write(tmp_path, "long.mkv", bytes(300_000))
+    write(tmp_path)
+    seen = {data.describe_folder(str(tmp_path), Path("run"))}
+    for name, place in ("a.txt", 3), ("a.mp4", 9), ("long.mkv", 0), ("long.mkv", 299_999):
+        with open(tmp_path / name, "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        seen.add(data.describe_folder(str(tmp_path), Path("run")))
+    assert len(seen) == 5
+
+
+def test_latents_that_may_only_be_read_are_read(micro_run):
+    folder = Path(tempfile.mkdtemp())  # not below a folder that is closed to other users
+    try:
+        folder.chmod(0o755)
+        shutil.copy(micro_run / "latents.pt", folder)
+        (folder / "latents.pt").chmod(0o444)
+        code = ("import os, sys; from pathlib import Path; from common import data\n"
+                "os.getuid() or os.setuid(65534)\n"
+                "print(len(data.Latents(Path(sys.argv[1])).records))")
+        done = in_a_process(code, folder / "latents.pt")
+        assert int(done.stdout) > 96, done.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_words_keep_their_marks():
+    for a, b in ("लाल", "लोल"), ("पीला", "पुल"), ("দিন", "দান"), ("สีแดง", "สีดำ"):
+        assert len(data.words(a)) == len(data.words(b)) == 1 and data.words(a) != data.words(b)
+    assert data.words("Cafe\u0301, \tÉTÉ_2 -- ❤️🎬") == ["café", "été", "2"]
+
+
+def test_words_that_do_not_fit_are_named(capsys):
+    vocabulary = ["<pad>", *"a red circle moving left video of".split()]
+    tokens = data.tokenize(["a video of a red circle moving left"], vocabulary, 5)
+    assert [vocabulary[i] for i in tokens[0]] == "a video of a red".split()
+    said = capsys.readouterr().err
+    assert "circle moving left" in said and said.count("\n") == 1
 
 
 def test_hundreds_of_clips_need_few_open_files(tmp_path, capsys):
@@ -553,23 +717,6 @@ def test_hundreds_of_clips_need_few_open_files(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(captions_of(clips, "train")) == 3000 and " 0 skipped" in capsys.readouterr().out
-
-
-def test_a_clip_shorter_than_it_says_loses_the_windows_that_it_has_not(tmp_path, capsys,
-                                                                       monkeypatch):
-    write_many(tmp_path, 4, caption="a clip")
-    write(tmp_path, "z.mp4", film(100)[:-200], b"a clip")
-    look_at = data.look_at
-
-    def believing(path, *more):
-        clip = look_at(path, *more)
-        return clip._replace(frames=clip.frames + 20 * (path.name == "z.mp4"))
-
-    monkeypatch.setattr(data, "look_at", believing)
-    clips = read(tmp_path)
-    assert "z.mp4: " in capsys.readouterr().err
-    numbers = frame_numbers(clips)
-    assert ((numbers - numbers[:, :1]) == torch.arange(0, 10, 2)).all()
 
 
 def test_an_embedding_lies_beside_its_clip_in_every_layout(tmp_path):
@@ -596,7 +743,7 @@ class Code:
 
 UNUSABLE = {
     "empty": dict(data=b""), "text": dict(data=b"no film"), "zeros": dict(data=bytes(50_000)),
-    "truncated": dict(data=FILM[:len(FILM) // 2]), "too short": dict(data=film(17)),
+    "truncated": dict(data=FILM[:len(FILM) // 2]), "too short": dict(data=film(4)),
     "sound alone": dict(data=sound()), "escapes": dict(name="\x1b[31mred\n.mp4", data=b""),
     "a playlist": dict(name="a.m3u8", data=playlist("../part.ts")),
     "a playlist in disguise": dict(data=playlist("../part.ts")),
@@ -633,7 +780,7 @@ def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsy
     write(tmp_path, name, b"", b"red above")
     lying.save(tmp_path / name, exif=TURNED, quality=95)
     clips = read(tmp_path)
-    assert "damaged.jpg: " in capsys.readouterr().err
+    assert "damaged.jpg" in capsys.readouterr().err
     without = data.open_clips(settings_for(tmp_path) | dict(picture_share=0.0),
                             Path(f"{tmp_path} without", "frames.pt"))
     assert set(captions_of(without)) == {"a film"}
@@ -645,6 +792,28 @@ def test_a_picture_is_trained_on_beside_clips_and_stands_upright(tmp_path, capsy
     red, _, blue = clip[:, 0]
     assert red[:6].min() > 0.8 > -0.8 > red[10:].max()
     assert blue[10:].min() > 0.8 > -0.8 > blue[:6].max()
+
+
+def ramp(mode):
+    """From black to white, in 48 columns, and how such a picture is saved."""
+    grey = np.linspace(0, 1, 48)[None] * np.ones((48, 1))
+    if mode == "16 bits":
+        return Image.fromarray((grey * 65535).astype(np.uint16)), "png"
+    image = Image.fromarray((grey * 255).round().astype(np.uint8))
+    if mode == "alpha":  # black, less and less of it
+        black = Image.new("RGBA", (48, 48))
+        black.putalpha(Image.fromarray((255 - grey * 255).round().astype(np.uint8)))
+        return black, "png"
+    return image.convert(mode), "jpg" if mode == "CMYK" else "png"
+
+
+@pytest.mark.parametrize("mode", ["16 bits", "alpha", "CMYK", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_mode_of_picture_gives_the_same_ramp(tmp_path, mode):
+    image, suffix = ramp(mode)
+    path = tmp_path / f"a.{suffix}"
+    image.save(path, quality=95)
+    row = reader.read_picture(path, 24, 24)[:, 12].astype(int)
+    assert np.abs(row - np.linspace(0, 255, 24)).max() < 6
 
 
 def test_pictures_alone_are_clips_of_one_frame(tmp_path, capsys):
