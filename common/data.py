@@ -9,6 +9,7 @@ records, and vae.py writes their latents once, with everything that later stages
 """
 import contextlib
 import errno
+import gc
 import json
 import math
 import os
@@ -185,6 +186,7 @@ def read_clips(settings, found, path):
         bar = cli.progress(list(found.items())[len(entries) - 1:], desc="reading clips")
         for item in bar:
             entries.append(read_clip(*item, settings, store))
+            gc.collect(1)  # PyAV's graphs are in circles, and their frames weigh nothing to Python
             store.flush()
             lines.write(json.dumps(entries[-1]) + "\n")
             lines.flush()
