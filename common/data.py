@@ -161,7 +161,7 @@ def read_clip(path, caption, settings, store):
             store.write(image.tobytes())
             count += 1
     except Exception as error:  # PyAV raises dozens of kinds
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
         return caption, count, dim, "damaged, read as far as it goes" if count else reason
@@ -306,10 +306,10 @@ def store_frames(settings, path):
     if not trained or not tests:
         cli.exit_with_error(f"no usable clip in {settings['data']}: nothing to train on, or "
                             "nothing to test on")
-    path_of = {clip.caption: clip for clip in [*clips, *pictures]
-               if clip.caption in {record.caption for record in records}}
+    known = {record.caption for record in records}
+    clip_of = {clip.caption: clip for clip in [*pictures, *clips] if clip.caption in known}
     files.save(path, stage="frames", settings=settings,
-               embeddings=read_embeddings(settings["data"], path_of),
+               embeddings=read_embeddings(settings["data"], clip_of),
                records=[tuple(record) for record in records + tests])
 
 

@@ -141,8 +141,7 @@ def build_graph(frame, aspect, fps, height, width):
         prepare = [("format", "gbrap"), ("premultiply", "inplace=1")]
         pixels = "rgba"
     source = (f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:"
-              f"time_base={frame.time_base}:pixel_aspect={aspect}:"
-              f"colorspace={int(frame.colorspace)}:range={int(frame.color_range)}")
+              f"time_base={frame.time_base}:pixel_aspect={aspect}")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     cover = f"{width}:{height}:force_original_aspect_ratio=increase:flags=area"
     filters = [
