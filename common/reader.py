@@ -185,7 +185,7 @@ def read_frames(path, fps, height, width):
                 frame.pts = due if frame.dts is None else frame.dts
             kind = frame.width, frame.height, frame.format.name
             gap = (frame.pts - last) * frame.time_base  # seconds
-            if kind != known or not -1 < gap < LONGEST_STILL:
+            if kind != known or not -1 < gap < LONGEST_STILL:  # filters take one kind, one clock
                 if graph:
                     yield from filtered(graph, None)
                 graph = build_graph(frame, aspect, fps, height, width)

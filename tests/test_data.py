@@ -36,6 +36,10 @@ def numbered(i):
     return pixels
 
 
+def larger(i):
+    return numbered(i + 100).repeat(2, axis=0).repeat(2, axis=1)
+
+
 def quarters(i):
     """Red and green above, blue and yellow below."""
     pixels = np.zeros((48, 64, 3), np.uint8)
@@ -226,6 +230,8 @@ PLAYED = {  # -> a film, its suffix, and which of its frames a player shows at 5
     "a cover first": (remuxed([COVER, LONG], suffix=".mkv"), ".mkv", shown(EVEN)),
     "a clock that jumps": (film(suffix=".mkv", times=[t + 36_000_000 * (t > 1990) for t in EVEN]),
                            ".mkv", [*shown(EVEN[:50]), *50 + shown(EVEN[50:])]),
+    "ts, another size after": (PART + film(suffix=".ts", picture=larger), ".ts",
+                               [*shown(EVEN[:40]), *100 + shown(EVEN[:40])]),
     "truncated": (film(100, ".mkv", g="10")[:-2000], ".mkv", None),
 }
 
@@ -306,7 +312,9 @@ def test_what_is_clear_is_white_in_films_too(tmp_path):
 def test_what_is_half_clear_is_half_white(tmp_path):
     with av.open(tmp_path / "a.mkv", "w") as container:
         stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "bgra"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "bgra"
         pixels = np.full((48, 64, 4), (200, 100, 50, 128), np.uint8)
         frame = av.VideoFrame.from_ndarray(pixels, "rgba")
         container.mux([*stream.encode(frame), *stream.encode()])

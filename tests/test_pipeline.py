@@ -140,13 +140,13 @@ def test_embeddings_of_your_own_replace_the_text_encoder(tmp_path, capsys, dtype
     empty = g.normal(size=(2, 6)).astype(np.float16)
     np.save(clips / "empty.npy", empty)
     run = tmp_path / "run"
-    train("vae", run, "--data", str(clips))
+    train("vae", run, "--data", str(clips), "--fps", "20")
     for stage in "dit", "prune", "distill":
         train(stage, run, "--dtype", dtype)
     student = torch.load(run / "student.pt", weights_only=True)
     assert student["model"]["text_encoder.empty"].sum() == empty.astype(np.float32).sum()
     evaluate(run, "--prompt", "clip one", "--out", str(tmp_path / "one.gif"))
-    assert (tmp_path / "one.gif").exists()
+    assert Image.open(tmp_path / "one.gif").info["duration"] == 50  # ms: as its clips were read
     evaluate(run, "--score", "2")
     clips.rename(tmp_path / "moved")
     # Without the input, four.
