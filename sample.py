@@ -52,7 +52,9 @@ class Model:
         self.device = device
         self.precision = precision
         self.cfg = cfg
-        self.latent_shape = self.checkpoint["latent_shape"]
+        with files.reading(path):
+            self.latent_shape = self.checkpoint["latent_shape"]
+            self.fps = self.checkpoint["fps"]  # of the training clips
         self.stage = self.checkpoint["stage"]
         self.name = report.NAMES[self.stage]
         self.timesteps = self.checkpoint.get("timesteps")
@@ -419,7 +421,8 @@ def side_by_side(args, latents, vae, models, captions, precision):
             shown = " ".join(text for _, text in prediction.values())
             row.append(report.cell(clip, f"{name}: {caption}", (is_right, shown), width=160))
     path = args.run / "compare.gif"
-    return report.figure(path, rows, speed(args, latents.metadata, path), "clips, a row per prompt")
+    fps = written_fps(args, latents.metadata["fps"], path)
+    return report.figure(path, rows, fps, "clips, a row per prompt")
 
 
 def from_noise(args, latents, vae, models, caption, precision):
@@ -527,9 +530,9 @@ def read_prompts(args, checkpoint):
     return padded.expand(len(args.prompt), -1, -1)
 
 
-def speed(args, trained, path):
-    """-> frames per second of what is written to `path`: --fps, or as training clips had."""
-    fps = args.fps or trained["fps"]
+def written_fps(args, trained_fps, path):
+    """-> frames per second of what is written to `path`: --fps, or that of the training clips."""
+    fps = args.fps or trained_fps
     if path.suffix == ".gif" and fps > 50:
         cli.exit_with_error(f"--fps {fps}: browsers show a gif of more than 50 frames per second "
                             "at 10; take fewer, or an mp4")
@@ -539,7 +542,7 @@ def speed(args, trained, path):
 def make_clips(args, device, precision):
     """--prompt: one clip each."""
     model = Model(args.model, device, precision, args.sampling_steps, args.cfg)
-    fps = speed(args, model.checkpoint, args.out)
+    fps = written_fps(args, model.fps, args.out)
     vae = load_vae(args.vae, device, model.checkpoint["vae_checksum"])
     channels, frames, height, width = model.latent_shape
     rt, rs, _ = vae.config["ratio"]

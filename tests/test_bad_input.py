@@ -210,7 +210,7 @@ def test_a_flag_that_makes_no_sense(refused, name, flag):
     ("dit", "--dry-run 49x384", "such as 9x32x32"), ("dit", "--steps 0.5x", "--steps"),
     ("vae", "--patch 3", "--patch"), ("sample", "--size 4x16x16", "such as 5"),
     ("sample", "--size 5x16", "--size"), ("sample", "--frames 4", "such as 5"),
-    ("sample", "--embedding x.npy", "reads words"),
+    ("sample", "--embedding x.npy", "reads token ids"),
     ("vae", "--latent-channels 7", "last stage"), ("vae", "--data nowhere", "nowhere"),
     ("dit", "--head-dim 5", "even"), ("prune", "--blocks 9", "has 3"),
     ("prune", "--ffn -5", "--ffn"), ("prune", "--blocks 3 --heads 4 --ffn 64", "nothing to cut"),
