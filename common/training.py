@@ -156,15 +156,14 @@ class Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if id(p) in weights]
         others = dict(params=[p for p in trained if id(p) not in weights], weight_decay=0.0)
-        if name == "muon":  # AdamW's usual rates are about 20 times lower
-            self.parts = [Muon(matrices, lr), self.adamw([others], lr / 20)]
-        else:
-            self.parts = [self.adamw([dict(params=matrices, weight_decay=0.01), others], lr)]
+        groups = [dict(params=matrices, weight_decay=0.01), others]
+        self.parts = []
+        if name == "muon":
+            self.parts = [Muon(matrices, lr)]
+            groups = [others]
+            lr = lr / 20  # AdamW's usual rates are about that much lower
+        self.parts.append(torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True))
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
-
-    @staticmethod
-    def adamw(groups, lr):
-        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
 
     def set_lr(self, fraction):
         """fraction: of the peak learning rate, as `warmup_cosine` gives it."""
@@ -195,10 +194,6 @@ def average_weights(model, args):
 # ------------------------------------------------------------ start and end of a stage
 
 
-def resume_path(out, stage):
-    return out.with_suffix(f".{stage}.resume")
-
-
 def stop_if_done(paths, settings, stage, next_script):
     """Exits if all `paths` exist with these settings; refuses if one has others. stage: of the last
     loop."""
@@ -206,7 +201,7 @@ def stop_if_done(paths, settings, stage, next_script):
     for path in done:
         files.check_settings(path, files.load(path)["settings"], settings)
     # While the resume file of the last loop is there, `finish` has not run.
-    if done == paths and not resume_path(paths[0], stage).exists():
+    if done == paths and not paths[0].with_suffix(f".{stage}.resume").exists():
         print(f"{paths[0]} is done; next: {next_script}")
         sys.exit(0)
 
@@ -243,7 +238,7 @@ class Loop:
         self.device = device
         self.draw = draw
         self.state = state
-        self.path = resume_path(args.out, stage)
+        self.path = args.out.with_suffix(f".{stage}.resume")
         self.step = 0
         self.seconds = 0.0  # over all starts of the run
         self.history = {}  # name -> one value per step
