@@ -11,11 +11,11 @@ import contextlib
 import errno
 import gc
 import json
-import math
 import os
 import shutil
 import unicodedata
 import zlib
+from bisect import bisect
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -129,79 +129,87 @@ def read_embedding(path):
     path = path.with_suffix(".npy")
     if not path.exists():
         return None
-    with np.errstate(over="ignore"):
-        array = np.lib.format.open_memmap(path, "r").astype(np.float32)
+    array = np.lib.format.open_memmap(path, "r")
     if array.ndim != 2 or not array.size or not (np.abs(array) <= 65504).all():
         raise ValueError("its .npy is no array [tokens, dim] of finite float16 numbers")
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def read_clip(path, caption, settings, store):
-    """Appends a clip's frames to an open file; of a damaged clip those before the damage. caption:
-    it, or the file that holds it. -> the caption, the number of frames, the channels of the clip's
-    embedding or None, and what is wrong or None. Raises OSError on a full disk."""
-    text = caption
-    caption = ""
-    dim = None
+    """Appends a clip's frames to an open file; of a damaged clip those before the damage. -> their
+    number, and what is wrong or None. Raises OSError on a full disk."""
+    _, height, width = settings["size"]
     count = 0
     try:
-        if isinstance(text, Path):
-            text = reader.read_text(text)
-        caption = reader.nfc(" ".join(text.split()))
         if not 0 < len(words(caption)) <= 512:
             raise ValueError("a caption takes 1 to 512 words")
-        embedding = read_embedding(path)
-        dim = None if embedding is None else embedding.shape[1]
-        _, height, width = settings["size"]
-        if path.suffix.lower() in reader.PICTURES:
-            images = [reader.read_picture(path, height, width)]
-        else:
-            images = reader.read_frames(path, settings["fps"], height, width)
-        for image in images:
+        read_embedding(path)  # raises if the clip's own is damaged
+        for image in reader.read_frames(path, settings["fps"], height, width):
             store.write(image.tobytes())
             count += 1
     except Exception as error:  # PyAV raises dozens of kinds
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
-        return caption, count, dim, "damaged, read as far as it goes" if count else reason
-    return caption, count, dim, None
+        return count, "damaged, read as far as it goes" if count else reason
+    return count, None
 
 
-def read_clips(settings, found, path):
+def read_clips(settings, captions, path):
     """Decodes clips, {path: caption}, one after the other into the file `path`. Killed and called
     again, it goes on with the next clip. -> what read_clip says of each"""
+    _, height, width = settings["size"]
     index = path.with_suffix(".jsonl")  # a line that names the settings, and one for each clip
-    key = [settings["data"], settings["folder"], settings["fps"], *settings["size"][1:]]
-    entries = []
+    key = json.dumps([settings["data"], settings["folder"], settings["fps"], height, width])
+    lines = []
     if index.exists() and path.exists():
-        lines = index.read_bytes().splitlines(keepends=True)
-        entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    if entries[:1] != [key]:
-        entries = [key]
+        lines = index.read_text().split("\n")[:-1]  # a last one without its end is half written
+    if lines[:1] != [key]:
+        lines = [key]
+    entries = [json.loads(line) for line in lines[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as store, open(index, "w") as lines:
-        store.truncate(sum(entry[1] for entry in entries[1:]) * 3 * math.prod(key[3:]))
-        lines.writelines(json.dumps(entry) + "\n" for entry in entries)
-        bar = cli.progress(list(found.items())[len(entries) - 1:], desc="reading clips")
+    with open(path, "ab") as store, open(index, "w") as file:
+        store.truncate(sum(count for count, _ in entries) * 3 * height * width)
+        print(*lines, sep="\n", file=file)
+        bar = cli.progress(list(captions.items())[len(entries):], desc="reading clips")
         for item in bar:
             entries.append(read_clip(*item, settings, store))
             gc.collect(1)  # PyAV's graphs are in circles, and their frames weigh nothing to Python
             store.flush()
-            lines.write(json.dumps(entries[-1]) + "\n")
-            lines.flush()
+            print(json.dumps(entries[-1]), file=file, flush=True)
             free = shutil.disk_usage(path.parent).free
             bar.set_postfix_str(f"{store.tell() / 1e9:.3g} GB, {free / 1e9:.3g} GB free", False)
-    return entries[1:]
+    return entries
 
 
-def held_out(captions):
-    """Which clips are held out whole, a bool each: of 20 or more every twentieth, if another one
-    has its caption."""
-    clips_with = Counter(captions)
-    has_twin = np.array([clips_with[caption] > 1 for caption in captions], dtype=bool)
-    is_twentieth = np.arange(len(captions)) % 20 == 10
-    return has_twin & is_twentieth & (len(captions) >= 20)
+# A clip that has been read: its first frame in the file of frames, and their number.
+Clip = namedtuple("Clip", "path caption first count")
+
+
+def usable_clips(settings, store):
+    """Reads the clips of a folder into a file. -> those of at least --size's frames, and pictures,
+    of one; says what was left out."""
+    t, _, _ = settings["size"]
+    layout, captions, skipped = reader.find_clips(settings["data"])
+    usable = []
+    first = 0
+    for path, (count, error) in zip(captions, read_clips(settings, captions, store)):
+        least = 1 if settings["picture_share"] and reader.is_picture(path) else t
+        if count >= least:
+            usable.append(Clip(path, captions[path], first, count))
+        elif not error:
+            error = (f"fewer than {t} frames at --fps {settings['fps']}, or a picture without "
+                     "--picture-share")
+        if error:
+            skipped[error].append(path)
+        first += count
+    for reason, paths in skipped.items():
+        names = ", ".join(os.path.relpath(path, settings["data"]) for path in paths[:10])
+        if paths:
+            cli.warn(f"skipped {len(paths):,}, {reason}: {names}{', ...' * (len(paths) > 10)}")
+    print(f"{layout}: {len(usable):,} clips and pictures, {sum(map(len, skipped.values())):,} "
+          "skipped")
+    return usable
 
 
 def spread(items, most):
@@ -210,66 +218,33 @@ def spread(items, most):
     return [items[place] for place in places]
 
 
-def choose_windows(captions, firsts, counts, t, most):
-    """Windows of t frames to train on, at most so many, and to test on: the first frames of each.
-    Where no clip is held out whole, the last tenth of each is, unless it is too short for both.
-    captions, firsts, counts: of each clip, with its first frame and their number."""
-    is_test = held_out(captions)
-    train = []
-    test = []
-    for first, count, is_held_out in zip(firsts, counts, is_test):
-        end = first + count
-        test_first = first if is_held_out else end
-        if not is_test.any() and count >= 2 * t:
-            test_first = end - max(t, count // 10)
-        train.append(np.arange(first, test_first - t + 1))
+def choose_windows(clips, t, most):
+    """Windows of t frames to train on, at most so many, and to test on: two lists of Record.
+
+    Of 20 clips or more every twentieth is held out whole, if another one has its caption. Where
+    that holds none out, the last tenth of each clip is, unless it is too short for both."""
+    clips_with = Counter(clip.caption for clip in clips)
+    is_test = [len(clips) >= 20 and i % 20 == 10 and clips_with[clip.caption] > 1
+               for i, clip in enumerate(clips)]
+    ends_are_tests = not any(is_test)
+    train = [np.arange(0)]
+    test = [np.arange(0)]
+    for clip, is_held_out in zip(clips, is_test):
+        end = clip.first + clip.count
+        test_first = clip.first if is_held_out else end
+        if ends_are_tests and clip.count >= 2 * t:
+            test_first = end - max(t, clip.count // 10)
+        train.append(np.arange(clip.first, test_first - t + 1))
         test.append(np.arange(test_first, end - t + 1))
+
+    firsts = [clip.first for clip in clips]
+
+    def records(windows, split, most):
+        rows = spread(np.concatenate(windows), most)
+        return [Record(clips[bisect(firsts, row) - 1].caption, split, int(row)) for row in rows]
+
     most_tests = min(TEST_CLIPS, max(1, most // 10))
-    return spread(np.concatenate(train), most), spread(np.concatenate(test), most_tests)
-
-
-# Of a clip that has been read: its first frame in the store, and their number; dim is the channels
-# of its embedding, or None.
-Clip = namedtuple("Clip", "path caption first count dim")
-
-
-def usable_clips(settings, store):
-    """Reads the clips of a folder into a store. -> those of at least --size's frames, and the
-    pictures beside them, two lists of Clip; says what was found, and what was left out."""
-    t, height, width = settings["size"]
-    layout, found, skipped = reader.find_clips(settings["data"])
-    clips = []
-    pictures = []
-    end = 0
-    for path, (caption, count, dim, error) in zip(found, read_clips(settings, found, store)):
-        clip = Clip(path, caption, end, count, dim)
-        end += count
-        if error:
-            skipped[error].append(path)
-        is_picture = count and path.suffix.lower() in reader.PICTURES
-        if count >= t:
-            clips.append(clip)
-        elif is_picture and settings["picture_share"]:
-            pictures.append(clip)
-        elif is_picture:
-            skipped["a picture, and --picture-share is 0"].append(path)
-        elif not error:
-            skipped[f"fewer than {t} frames at --fps {settings['fps']}"].append(path)
-    for reason, paths in skipped.items():
-        names = ", ".join(os.path.relpath(path, settings["data"]) for path in paths[:10])
-        if paths:
-            cli.warn(f"skipped {len(paths):,}, {reason}: {names}{', ...' * (len(paths) > 10)}")
-    if not clips:
-        cli.exit_with_error(
-            f"no usable clip in {settings['data']}: it needs videos with a caption each, such as "
-            "frog.mp4 and frog.txt (20 pictures alone will do, if --size begins with 1x)")
-    captions = {clip.caption for clip in [*clips, *pictures]}
-    hours = sum(clip.count for clip in clips) / settings["fps"] / 3600
-    free = shutil.disk_usage(store.parent).free
-    print(f"{layout}: {len(clips):,} clips and {len(pictures):,} pictures with {len(captions):,} "
-          f"captions, {hours:.3g} hours; {sum(map(len, skipped.values())):,} skipped\n"
-          f"{store}: {end * 3 * height * width / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
-    return clips, pictures
+    return records(train, "train", most), records(test, "test", most_tests)
 
 
 def store_frames(settings, path):
@@ -278,55 +253,53 @@ def store_frames(settings, path):
     t, height, width = settings["size"]
     store = path.with_suffix(".bin")
     try:
-        clips, pictures = usable_clips(settings, store)
+        usable = usable_clips(settings, store)
     except OSError as error:
         cli.exit_with_error(f"cannot fill {store}: {error}; a smaller --size or --fps takes less")
-    _, captions, firsts, counts, _ = zip(*clips)
-    train, test = choose_windows(captions, firsts, counts, t, settings["clips"])
-    frames = map_frames(store, height, width)
+    clips = [clip for clip in usable if clip.count >= t]
+    pictures = [clip for clip in usable if clip.count < t]
+    windows, tests = choose_windows(clips, t, settings["clips"])
+    frames = map_frames(store, height, width) if windows else None  # an empty file has no map
 
-    def moves(first):
-        few = frames[[first, first + t // 2, first + t - 1]]
+    def moves(window):
+        few = frames[[window.row, window.row + t // 2, window.row + t - 1]]
         return t == 1 or np.ptp(few, axis=0).max() > 3  # less is an encoder's
 
-    moving = [first for first in train if moves(first)]
-
-    def records_of(windows, split):
-        places = np.searchsorted(firsts, windows, side="right") - 1
-        return [Record(captions[i], split, int(first)) for i, first in zip(places, windows)]
-
-    records = records_of(moving, "train")
-    trained = {record.caption for record in records}
-    tests = [record for record in records_of(test, "test") if record.caption in trained]
-    pictures = spread(pictures, settings["clips"])
-    records += [Record(clip.caption, "picture", clip.first) for clip in pictures]
-    print(f"{len(moving):,} windows of {t} frames and {len(pictures):,} pictures to train on, "
-          f"{len(tests):,} windows to test; {len(train) - len(moving):,} in which nothing changes "
+    train = [window for window in windows if moves(window)]
+    trained = {record.caption for record in train}
+    tests = [record for record in tests if record.caption in trained]
+    stills = [Record(clip.caption, "picture", clip.first)
+              for clip in spread(pictures, settings["clips"])]
+    print(f"{len(train):,} windows of {t} frames and {len(stills):,} pictures to train on, "
+          f"{len(tests):,} windows to test; {len(windows) - len(train):,} in which nothing changes "
           "left out")
-    if not trained or not tests:
-        cli.exit_with_error(f"no usable clip in {settings['data']}: nothing to train on, or "
-                            "nothing to test on")
-    known = {record.caption for record in records}
-    clip_of = {clip.caption: clip for clip in [*pictures, *clips] if clip.caption in known}
+    if not tests:
+        cli.exit_with_error(
+            f"no usable clip in {settings['data']}: it needs videos in which something moves, with "
+            "a caption each, such as frog.mp4 and frog.txt, some of them longer than twice --size "
+            "(20 pictures alone will do, if --size begins with 1x)")
+    records = train + stills + tests
+    path_of = {clip.caption: clip.path for clip in usable}
+    paths = [path_of[caption] for caption in sorted({record.caption for record in records})]
     files.save(path, stage="frames", settings=settings,
-               embeddings=read_embeddings(settings["data"], clip_of),
-               records=[tuple(record) for record in records + tests])
+               embeddings=read_embeddings(settings["data"], paths),
+               records=[tuple(record) for record in records])
 
 
-def read_embeddings(folder, clip_of):
-    """Of captions, in order, and of the empty one, empty.npy: [captions + 1, tokens, dim], float16,
-    padded with zeros; or None. clip_of: {caption: a clip that has it}."""
-    dims = {clip.dim for clip in clip_of.values()}
-    if dims == {None}:
+def read_embeddings(folder, paths):
+    """Of these clips, and of the empty caption, empty.npy: [clips + 1, tokens, dim], float16,
+    padded with zeros; or None."""
+    embeddings = [read_embedding(path) for path in paths]
+    dims = {0 if embedding is None else embedding.shape[1] for embedding in embeddings}
+    if dims == {0}:
         return None
     if len(dims) > 1:
         cli.exit_with_error(f"the .npy embeddings in {folder} must have as many channels, one for "
                             "every clip and picture")
-    arrays = [read_embedding(clip_of[caption].path).half() for caption in sorted(clip_of)]
     path = Path(folder, "empty.npy")
     with files.reading(path):
-        empty = read_embedding(path) if path.exists() else torch.zeros(1, *dims)
-        return pad_sequence([*arrays, empty.half()], batch_first=True)
+        embeddings.append(read_embedding(path) if path.exists() else torch.zeros(1, *dims))
+        return pad_sequence([embedding.half() for embedding in embeddings], batch_first=True)
 
 
 def map_frames(path, height, width):
@@ -356,10 +329,9 @@ class Folder:
 
     def clip(self, indices):
         """Windows: [b, 3, t, h, w] in [-1, 1]. A picture stands still."""
-        records = [self.records[i] for i in indices]
-        step = np.array([record.split != "picture" for record in records])
-        rows = np.array([record.row for record in records])[:, None]  # [b, 1]
-        rows = rows + step[:, None] * np.arange(self.length)  # [b, t]
+        rows = np.array([self.records[i].row for i in indices])
+        step = np.array([self.records[i].split != "picture" for i in indices])
+        rows = rows[:, None] + step[:, None] * np.arange(self.length)  # [b, t]
         pixels = torch.from_numpy(self.frames[rows])
         return rearrange(pixels, "b t c h w -> b c t h w").float() / 127.5 - 1
 

@@ -16,12 +16,15 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from common import cli, files
+from common import cli
 
 # ------------------------------------------------------------ a folder of clips and captions
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # a video of one frame each
 BESIDE = (".txt", ".npy", ".md", ".csv", ".json", ".jsonl")  # what lies beside clips
+
+
+def is_picture(path):
+    return path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
 
 
 def files_below(folder):
@@ -29,47 +32,41 @@ def files_below(folder):
     of what is left out. Linked folders are not entered: they lie elsewhere."""
     paths = []
     skipped = defaultdict(list)
-
-    def unreadable(error):
-        skipped["an unreadable folder"].append(error.filename)
-
-    for root, folders, names in os.walk(folder, onerror=unreadable):
+    unreadable = []
+    for root, folders, names in os.walk(folder, onerror=unreadable.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [*folders, *names]:
+        for name in folders + names:
             path = Path(root, name)
             if os.path.isfile(path) and not name.startswith("."):
                 paths.append(path)
             elif path.is_symlink():
                 skipped["a link to a folder, or to nothing"].append(path)
+    skipped["an unreadable folder"] = [error.filename for error in unreadable]
     return sorted(paths), skipped
 
 
 def read_text(path):
     """Raises ValueError where that is not UTF-8."""
-    with contextlib.suppress(UnicodeDecodeError):
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" not in text:  # as in UTF-16
-            return text
-    raise ValueError("text in UTF-16 or another encoding, not UTF-8")
+    text = path.read_text("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("a NUL, as in UTF-16")
+    return text
 
 
 def read_table(table):
     """metadata.csv or metadata.jsonl -> [(file name, caption)], "" for none"""
     try:
         text = read_text(table)
-    except (OSError, ValueError) as error:
-        cli.exit_with_error(f"cannot read {table}: {error}")
-    with files.reading(table):
         if table.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            rows = csv.DictReader(io.StringIO(text, newline=""))
         else:
-            rows = [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
-    if not rows or not all({"file_name", "text"} <= row.keys() for row in rows):
-        cli.exit_with_error(f"{table} needs the columns file_name and text")
-    captions = [str(row["text"]) for row in rows]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        pairs = [(str(row["file_name"]), str(row["text"])) for row in rows]
+    except Exception as error:  # a file that is no table raises nearly anything
+        cli.exit_with_error(f"cannot read {table}, which needs the columns file_name and text, in "
+                            f"UTF-8: {type(error).__name__} {error}")
     empty = "none", "nan", ""
-    return [(str(row["file_name"]), "" if caption.strip().lower() in empty else caption)
-            for row, caption in zip(rows, captions)]
+    return [(name, "" if caption.strip().lower() in empty else caption) for name, caption in pairs]
 
 
 def nfc(text):
@@ -78,38 +75,43 @@ def nfc(text):
 
 
 def find_clips(folder):
-    """-> the layout; {path: caption, or the file that holds it}; and {reason: paths} of what is
-    left out. The layout is that of the Hub, metadata.csv or metadata.jsonl; or name.txt beside each
-    clip; or class folders, whose names are captions."""
+    """-> the layout; {path: caption}; and {reason: paths} of what is left out. The layout is that
+    of the Hub, metadata.csv or metadata.jsonl; or name.txt beside each clip; or class folders,
+    whose names are captions."""
     paths, skipped = files_below(folder)
-    clips = [path for path in paths if path.suffix.lower() not in BESIDE]
-    clip_of = {nfc(path): path for path in clips}
+    clips = {nfc(path): path for path in paths if path.suffix.lower() not in BESIDE}
     texts = {nfc(path.with_suffix("")): path for path in paths if path.suffix == ".txt"}
-    beside = {path: texts.get(nfc(path.with_suffix(""))) for path in clips}
+    beside = {path: texts.get(nfc(path.with_suffix(""))) for path in clips.values()}
     tables = [path for path in paths if path.name in ("metadata.csv", "metadata.jsonl")]
     captions = {}
     if tables:
         layout = "metadata"
-        for table in tables:
-            for name, caption in read_table(table):
-                path = clip_of.get(nfc(table.parent / name))
-                if path is None:  # nor is an absolute path, or one with ..
-                    skipped[f"in {table.name}, but no clip"].append(table.parent / name)
-                elif path in captions:
-                    skipped["a second caption"].append(path)
-                elif caption:
-                    captions[path] = caption
+        rows = [(table, *row) for table in tables for row in read_table(table)]
+        for table, name, caption in rows:
+            path = clips.get(nfc(table.parent / name))
+            if path is None:  # nor is an absolute path, or one with ..
+                skipped[f"in {table.name}, but no clip"].append(table.parent / name)
+            elif path in captions:
+                skipped["a second caption"].append(path)
+            elif caption:
+                captions[path] = caption
     elif any(beside.values()):
         layout = ".txt files"
-        captions = {path: text for path, text in beside.items() if text}
-        skipped["a caption without a clip"] += sorted({*texts.values()} - {*captions.values()})
+        skipped["a caption without a clip"] += sorted({*texts.values()} - {*beside.values()})
+        for path, text in beside.items():
+            try:
+                if text:
+                    captions[path] = read_text(text)
+            except (OSError, ValueError):
+                skipped["a caption that cannot be read as UTF-8"].append(text)
     else:
         layout = "class folders"
-        for path in clips:  # ApplyEyeMakeup, brush_hair
+        for path in beside:  # ApplyEyeMakeup, brush_hair
             if path.parent != Path(folder):
                 spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[_-]", " ", path.parent.name)
                 captions[path] = spaced.lower()
-    skipped["no caption"] += [path for path in clips if path not in captions]
+    skipped["no caption"] += [path for path in beside if path not in captions]
+    captions = {path: nfc(" ".join(caption.split())) for path, caption in captions.items()}
     return layout, captions, skipped
 
 
@@ -169,7 +171,10 @@ def filtered(graph, frame):
 
 def read_frames(path, fps, height, width):
     """Yields the frames [3, h, w] uint8 of a video, so many per second: deinterlaced, upright, with
-    square pixels, scaled to cover height x width and centre-cropped."""
+    square pixels, scaled to cover height x width and centre-cropped; of a picture its one."""
+    if is_picture(path):
+        yield read_picture(path, height, width)
+        return
     with av.open(f"file:{path}", options=CONTAINERS) as container:
         stream = container.streams.best("video")  # the default one, and no cover picture
         if stream is None:
@@ -190,8 +195,7 @@ def read_frames(path, fps, height, width):
                     yield from filtered(graph, None)
                 graph = build_graph(frame, aspect, fps, height, width)
                 known = kind
-            if frame.duration * frame.time_base > LONGEST_STILL:
-                frame.duration = 0
+            frame.duration = min(frame.duration, int(LONGEST_STILL / frame.time_base))
             last = frame.pts
             due = last + frame.duration
             yield from filtered(graph, frame)
