@@ -149,7 +149,7 @@ def read_clip(path, caption, settings, store):
             count += 1
     except Exception as error:  # PyAV raises dozens of kinds
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            raise  # the store's, not the clip's
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
         return count, "damaged, read as far as it goes" if count else reason
     return count, None
@@ -293,13 +293,13 @@ def read_embeddings(folder, paths):
     dims = {0 if embedding is None else embedding.shape[1] for embedding in embeddings}
     if dims == {0}:
         return None
-    if len(dims) > 1:
-        cli.exit_with_error(f"the .npy embeddings in {folder} must have as many channels, one for "
-                            "every clip and picture")
     path = Path(folder, "empty.npy")
     with files.reading(path):
-        embeddings.append(read_embedding(path) if path.exists() else torch.zeros(1, *dims))
-        return pad_sequence([embedding.half() for embedding in embeddings], batch_first=True)
+        empty = read_embedding(path) if path.exists() else torch.zeros(1, max(dims))
+    if dims != {empty.shape[1]}:
+        cli.exit_with_error(f"the .npy embeddings in {folder} must have as many channels, one for "
+                            "every clip and picture, and empty.npy, too")
+    return pad_sequence([embedding.half() for embedding in [*embeddings, empty]], batch_first=True)
 
 
 def map_frames(path, height, width):

@@ -1,10 +1,10 @@
 """What reading a folder of clips costs, beside PyAV alone: the figures of docs/data.md.
 
-    python tests/bench_data.py                           # 2,000 clips, a film of an hour
+    python tests/bench_data.py                           # 2,000 clips, a video of an hour
     python tests/bench_data.py --files 40 --minutes 2    # a first look
 
-Makes its own h264 files of 320x240, 180 frames each (the mean of UCF-101), and one long film. PyAV
-alone decodes all frames, scales as many as are read and keeps none. Medians of --rounds, in turn.
+Makes its own h264 files of 320x240, 180 frames each (the mean of UCF-101), and one long video.
+PyAV alone decodes all frames, scales as many as are read and keeps none. Medians of --rounds, in turn.
 """
 import argparse
 import shutil
@@ -26,7 +26,7 @@ FPS = 8
 FRAMES = 180
 
 
-def write_film(path, frames):
+def write_video(path, frames):
     """Blocks that wander over the picture, and a camera's noise."""
     g = np.random.default_rng(0)
     canvas = g.integers(30, 225, (60, 80), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
@@ -69,18 +69,18 @@ def seconds(run, *arguments):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--files", type=int, default=2000)
-    p.add_argument("--minutes", type=int, default=60, help="length of the film")
+    p.add_argument("--minutes", type=int, default=60, help="of the long video")
     p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args()
     work = Path(tempfile.mkdtemp())
-    write_film(work / "clip.mp4", FRAMES)
+    write_video(work / "clip.mp4", FRAMES)
     for i in range(args.files):
         path = work / "clips" / f"Class{i % 100:02}" / f"{i:05}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(work / "clip.mp4", path)
-    (work / "film" / "film").mkdir(parents=True)
-    write_film(work / "film" / "film" / "film.mp4", args.minutes * 60 * 25)
-    for name in "clips", "film":
+    (work / "long" / "long").mkdir(parents=True)
+    write_video(work / "long" / "long" / "long.mp4", args.minutes * 60 * 25)
+    for name in "clips", "long":
         ours = []
         alone = []
         for _ in range(args.rounds):
