@@ -4,7 +4,8 @@
     python tests/bench_data.py --files 40 --minutes 2    # a first look
 
 Makes its own h264 files of 320x240, 180 frames each (the mean of UCF-101), and one long video.
-PyAV alone decodes all frames, scales as many as are read and keeps none. Medians of --rounds, in turn.
+PyAV alone decodes all frames, scales as many as are read and keeps none. Medians of --rounds, in
+turn.
 """
 import argparse
 import shutil

@@ -187,8 +187,9 @@ PLAYED = {  # -> a video, its suffix, and which of its frames a player shows at 
     "a cover first": (remuxed([COVER, LONG], suffix=".mkv"), ".mkv", shown(EVEN)),
     "a clock that jumps": (video(suffix=".mkv", times=[t + 36_000_000 * (t > 1990) for t in EVEN]),
                            ".mkv", [*shown(EVEN[:50]), *50 + shown(EVEN[50:])]),
-    "ts, another size after": (PART + video(suffix=".ts", picture=larger), ".ts",
-                               [*shown(EVEN[:40]), *100 + shown(EVEN[:40])]),
+    "ts, another size after": (
+        PART + video(suffix=".ts", picture=larger, times=EVEN[40:]), ".ts",
+        [*shown(EVEN[:40]), *100 + shown(EVEN[40:])]),
     "truncated": (video(100, ".mkv", g="10")[:-2000], ".mkv", None),
 }
 
