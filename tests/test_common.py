@@ -13,8 +13,9 @@ from torch import nn
 from common import cli, files, training
 
 ROOT = Path(__file__).parent.parent
-PIPELINE = ["common.cli", "common.files", "common.training", "common.data", "common.report",
-            "common.coreml_evaluator", "vae", "dit", "prune", "distill", "sample", "export_coreml"]
+PIPELINE = ["common.cli", "common.files", "common.training", "common.reader", "common.data",
+            "common.report", "common.coreml_evaluator",
+            "vae", "dit", "prune", "distill", "sample", "export_coreml"]
 
 
 @pytest.mark.parametrize("name", PIPELINE)
