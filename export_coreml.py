@@ -39,13 +39,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import cli, coreml_evaluator, data, files
-from common.coreml_evaluator import ct
 from distill import predict_x0, sample_student, student_timesteps
 from dit import DiT, FeedForward, add_noise, load_dit
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, CausalConv3d, RMSNorm, Upsample, latent_size, load_vae
 
+ct = coreml_evaluator.ct  # Core ML Tools, or None where they are not installed
 MIN_PSNR = 40  # dB, of a float16 video to the float32 one
 
 # ------------------------------------------------------------ what differs on the phone

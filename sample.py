@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common import cli, data, files, report, training
-from common.data import COLORS, DIRECTIONS, SHAPES
 from distill import sample_student, student_timesteps
 from dit import CFG_SCALE, TEACHER_STEPS, flow_loss, load_dit, logit_normal, sample_euler
 from vae import PRESETS as VAE_PRESETS
@@ -173,7 +172,7 @@ def measure(clips):
     centre, area = centroids(mask)
     weight = mask / (mask.sum((1, 2, 3), keepdim=True) + 1e-6)
     mean_color = (clips * weight[:, None]).sum((2, 3, 4))
-    palette = torch.tensor(list(COLORS.values())) * 2 - 1
+    palette = torch.tensor(list(data.COLORS.values())) * 2 - 1
     color = torch.cdist(mean_color, palette).argmin(1)
 
     # Templates as large as the data's shapes and a little blurred, as an autoencoder's edges are.
@@ -188,7 +187,7 @@ def measure(clips):
 
     third = max(1, clips.shape[2] // 3)
     travel = centre[:, -third:].mean(1) - centre[:, :third].mean(1)
-    headings = torch.tensor(list(DIRECTIONS.values())).float()
+    headings = torch.tensor(list(data.DIRECTIONS.values())).float()
     moves = travel.norm(dim=1) > 0.05 * min(clips.shape[3:])
     direction = torch.where(moves, (travel @ headings.T).argmax(1), -1)
     is_visible = (area.amin(1) > 4)[:, None]
@@ -202,7 +201,7 @@ def outline_iou(clips, captions):
     mask = subject_mask(clips)
     b, _, h, w = mask.shape
     # "a COLOUR SHAPE moving DIRECTION"
-    asked = [SHAPES.index(data.words(caption)[2]) for caption in captions]
+    asked = [data.SHAPES.index(data.words(caption)[2]) for caption in captions]
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
 
     def overlap(fit):
@@ -241,7 +240,7 @@ def evaluate_attributes(captions, clips, x0, latents):
     the prediction is right, the prediction)}."""
     predictions = []
     if latents.on_shapes:
-        attributes = {"color": COLORS, "shape": SHAPES, "direction": DIRECTIONS}
+        attributes = {"color": data.COLORS, "shape": data.SHAPES, "direction": data.DIRECTIONS}
         for indices, caption in zip(measure(clips).tolist(), captions):
             prediction = {}
             for (attribute, names), index in zip(attributes.items(), indices):
