@@ -48,7 +48,7 @@ PRESETS = {
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,           # the discriminator's, as the student's
         d_warmup=0.1,        # fraction of the steps in which the adversarial loss is off
-        optimizer="muon",    # further than AdamW in few steps
+        optimizer="muon",    # the paper has AdamW
         ema=0.95),           # the average of about the last 20 steps
     "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
                 lr=0.002, d_lr=0.01, d_warmup=0.03, optimizer="muon", ema=0.999),

@@ -47,7 +47,7 @@ PRESETS = {
         steps=900,
         batch_size=32,       # clips per step
         lr=0.04,             # Muon's
-        optimizer="muon",    # further than AdamW in few steps
+        optimizer="muon",    # the paper has AdamW
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128,
                 lr=0.02, optimizer="muon", ema=0.9995),

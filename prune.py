@@ -39,15 +39,15 @@ from dit import (DiT, add_dry_run, add_noise, draw_batch, flow_loss, load_dit, p
 
 PRESETS = {
     "tiny": dict(
-        blocks=5,         # of 7; the paper keeps 5/7 of its blocks,
-        heads=5,          # of 8; 5/8 of its heads,
-        ffn=384,          # of 512; 3/4 of its FFN's channels
-        mask_steps=50,    # of learning the masks
-        steps=320,        # of recovery, about a third of the teacher's 900
-        batch_size=32,    # clips per step
-        lr=0.04,          # Muon's; as for the teacher
-        optimizer="muon", # further than AdamW in few steps
-        ema=0.99),        # the average of about the last 100 steps
+        blocks=5,          # of 7; the paper keeps 5/7 of its blocks,
+        heads=5,           # of 8; 5/8 of its heads,
+        ffn=384,           # of 512; 3/4 of its FFN's channels
+        mask_steps=50,     # of learning the masks
+        steps=320,         # of recovery, about a third of the teacher's 900
+        batch_size=32,     # clips per step
+        lr=0.04,           # Muon's; as for the teacher
+        optimizer="muon",  # the paper has AdamW
+        ema=0.99),         # the average of about the last 100 steps
     "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
                 optimizer="muon", ema=0.999),
     "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256,

@@ -51,7 +51,7 @@ PRESETS = {
         batch_size=12,       # clips per step
         lr=0.01,             # Muon's: each update is orthogonal, whatever the gradient's size
         kl=0.04,             # dB per nat: it keeps the latents' scale in bounds, no more
-        optimizer="muon",    # further than AdamW in few steps
+        optimizer="muon",    # the paper has AdamW
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
                 res_blocks=2, clips=16384, fps=8, steps=12000, batch_size=16, lr=0.01, kl=0.004,

@@ -32,7 +32,8 @@ def exit_with_error(message):
 
 def run_script(main):
     """Runs main; interrupts, disk and memory errors end in one line, without a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a letter has no code
     try:
         main()
     except KeyboardInterrupt:
