@@ -177,7 +177,8 @@ def measure(clips):
 
     # Templates as large as the data's shapes and a little blurred, as an autoencoder's edges are.
     y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
-    shapes = rearrange(data.shape_coverage(x, y, torch.tensor(6.0)), "h w shape -> shape 1 h w")
+    shapes = torch.stack([data.shape_coverage(shape, x, y, torch.tensor(6.0))
+                          for shape in data.SHAPES])[:, None]  # [shapes, 1, h, w]
     shapes = F.avg_pool2d(F.avg_pool2d(shapes, 3, 1, 1), 3, 1, 1)
     templates = centred(shapes[:, None], shapes)  # [shapes, 1, pixels * pixels]
     crops = centred(mask[:, None], mask).mean(1, keepdim=True)  # [b, 1, pixels * pixels]
@@ -199,15 +200,16 @@ def outline_iou(clips, captions):
     with the ideal shape where that fits best, mean over frames. clips: [b, 3, t, h, w] of `shapes`
     -> [b] in [0, 1]"""
     mask = subject_mask(clips)
-    b, _, h, w = mask.shape
-    # "a COLOUR SHAPE moving DIRECTION"
-    asked = [data.SHAPES.index(data.words(caption)[2]) for caption in captions]
-    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    h, w = mask.shape[2:]
+    asked = [data.words(caption)[2] for caption in captions]  # "a COLOUR SHAPE moving DIRECTION"
+    x = torch.arange(w) + 0.5
+    y = (torch.arange(h) + 0.5)[:, None]
 
     def overlap(fit):
         """fit: (x, y, radius) [b, t, 3] -> [b, t]"""
         shape_x, shape_y, radius = fit[..., None, None].unbind(2)  # each [b, t, 1, 1]
-        ideal = data.shape_coverage(x - shape_x, y - shape_y, radius)[torch.arange(b), ..., asked]
+        ideal = torch.stack([data.shape_coverage(*each) for each in
+                             zip(asked, x - shape_x, y - shape_y, radius)])
         union = torch.maximum(mask, ideal).sum((2, 3))
         return torch.minimum(mask, ideal).sum((2, 3)) / (union + 1e-6)
 

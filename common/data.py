@@ -44,16 +44,19 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TEST_CLIPS = 512
 
 
-def shape_coverage(x, y, radius):
-    """Coverage of each pixel by every shape, anti-aliased: [..., shapes] in [0, 1]. x, y: distance
-    to the shape's centre, and radius, in pixels."""
-    ax = x.abs()
-    ay = y.abs()
-    circle = torch.hypot(x, y) - radius
-    square = torch.maximum(ax, ay) - 0.87 * radius
-    triangle = torch.maximum(y - 0.6 * radius, 0.866 * ax - 0.5 * y - 0.6 * radius)
-    bar = torch.maximum(ax - 1.1 * radius, ay - 0.45 * radius)
-    return (0.5 - torch.stack([circle, square, triangle, bar], dim=-1)).clamp(0, 1)
+def shape_coverage(shape, x, y, radius):
+    """Coverage of each pixel by a shape of SHAPES, anti-aliased, in [0, 1]. x, y: distance to the
+    shape's centre, and radius, in pixels, of shapes that broadcast."""
+    if shape == "circle":
+        outside = torch.hypot(x, y) - radius
+    elif shape == "square":
+        outside = torch.maximum(x.abs(), y.abs()) - 0.87 * radius
+    elif shape == "triangle":
+        sides = 0.866 * x.abs() - 0.5 * y - 0.6 * radius
+        outside = torch.maximum(y - 0.6 * radius, sides)
+    else:  # bar
+        outside = torch.maximum(x.abs() - 1.1 * radius, y.abs() - 0.45 * radius)
+    return (0.5 - outside).clamp(0, 1)
 
 
 class Shapes:
@@ -104,20 +107,20 @@ class Shapes:
         heading = torch.tensor(list(DIRECTIONS.values()))[direction].float()
 
         def centre(position, extent, along):
-            """position in [0, 1] -> pixels, such that the whole path lies inside the picture."""
+            """position in [0, 1] -> pixels [b, t, 1, 1], such that the whole path lies inside the
+            picture."""
             along = along[:, None, None, None]
             room = extent - 2.4 * radius - speed * along.abs()  # a triangle's tip is at 1.2 radii
             return extent / 2 + (position - 0.5) * room + travel * along
 
-        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-        x = x - centre(for_x, w, heading[:, 0])  # [b, t, h, w], from the subject's centre
-        y = y - centre(for_y, h, heading[:, 1])
-        coverage = shape_coverage(x, y, radius)  # [b, t, h, w, shapes]
-        coverage = coverage[torch.arange(len(shape)), ..., shape][..., None]  # [b, t, h, w, 1]
-        ground = (0.1 + 0.4 * for_ground)[..., None]  # grey: only the subject has a colour
-        rgb = torch.tensor(list(COLORS.values()))[color][:, None, None, None]
-        pixels = coverage * rgb + (1 - coverage) * ground
-        return rearrange(pixels, "b t h w c -> b c t h w") * 2 - 1
+        # Each pixel's distance from the subject's centre, [b, t, 1, w] and [b, t, h, 1].
+        x = torch.arange(w) + 0.5 - centre(for_x, w, heading[:, 0])
+        y = (torch.arange(h) + 0.5)[:, None] - centre(for_y, h, heading[:, 1])
+        coverage = torch.stack([shape_coverage(SHAPES[shape[i]], x[i], y[i], radius[i])
+                                for i in range(len(shape))])[:, None]  # [b, 1, t, h, w]
+        ground = (0.1 + 0.4 * for_ground)[:, None] * 2 - 1  # grey: only the subject has a colour
+        rgb = torch.tensor(list(COLORS.values()))[color][..., None, None, None] * 2 - 1
+        return ground + coverage * (rgb - ground)
 
 
 # ------------------------------------------------------------ a folder of real clips

@@ -51,7 +51,8 @@ def test_the_outline_score_sees_round_corners_other_shapes_and_blur():
     half = 0.87 * 8
     corner = torch.stack([x.abs(), y.abs()]).sub(half - 4).clamp(min=0)
     rounded = (0.5 - (corner.norm(dim=0) - 4)).clamp(0, 1)  # corners with a radius of 4 pixels
-    circle, square, _, bar = data.shape_coverage(x, y, torch.tensor(8.0)).unbind(-1)
+    circle, square, bar = (data.shape_coverage(shape, x, y, 8.0)
+                           for shape in ("circle", "square", "bar"))
     blurred = torch.nn.functional.avg_pool2d(square[None], 5, 1, 2)[0]
     masks = torch.stack([square, rounded, circle, bar, blurred])
     clips = masks[:, None, None].repeat(1, 1, 3, 1, 1)  # three frames
