@@ -17,7 +17,7 @@ the same noise at the same low level s (logit-normal, median 0.08); the shared m
 too; the adversarial loss is off during some warm-up steps, or the student overpowers the
 discriminator; x0 is noised again between sampling steps; a distillation term, pseudo-Huber, pulls
 x0 towards the end of the teacher's CFG trajectory from the same x_t, in --teacher-steps Euler steps
-(8 at tiny, not sampling's 40).
+(4 at tiny, not sampling's 40).
 
     python distill.py                   # pruned.pt, dit.pt -> student.pt, discriminator.pt
     python distill.py --run runs/x --adversarial 0    # the distillation term alone
@@ -42,16 +42,16 @@ PRESETS = {
     "tiny": dict(
         frozen_blocks=3,     # K: of the generator's 5
         trainable_blocks=1,  # of the same kind, on top
-        teacher_steps=8,     # Euler steps, for the target
-        steps=100,
+        teacher_steps=4,     # Euler steps, for the target
+        steps=90,
         batch_size=32,       # clips per step
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,           # the discriminator's, as the student's
         d_warmup=0.1,        # fraction of the steps in which the adversarial loss is off
         optimizer="muon",    # the paper has AdamW
         ema=0.95),           # the average of about the last 20 steps
-    "toy": dict(frozen_blocks=5, trainable_blocks=2, teacher_steps=10, steps=3000, batch_size=64,
-                lr=0.002, d_lr=0.01, d_warmup=0.03, optimizer="muon", ema=0.999),
+    "toy": dict(frozen_blocks=3, trainable_blocks=1, teacher_steps=4, steps=350, batch_size=32,
+                lr=0.02, d_lr=0.02, d_warmup=0.1, optimizer="muon", ema=0.98),
     "mobile": dict(frozen_blocks=10, trainable_blocks=4, teacher_steps=10, steps=20000,
                    batch_size=128, lr=5e-6, d_lr=2e-5, d_warmup=0.025, optimizer="adamw",
                    ema=0.999),
@@ -307,7 +307,7 @@ def main(argv=None):
     student.train().requires_grad_(True)
     student.gradient_checkpointing = args.gradient_checkpointing  # and the discriminator's copy
     ema = training.average_weights(student, args)
-    optimizer = training.Optimizer(student, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(student, args.optimizer, args.lr)
     state = dict(student=student, ema=ema, optimizer=optimizer)
     discriminator = None
     d_optimizer = None
@@ -318,7 +318,7 @@ def main(argv=None):
             discriminator = Discriminator(student, **design).to(device)
         except ValueError as error:
             cli.exit_with_error(f"--frozen-blocks: {error}")
-        d_optimizer = training.Optimizer(discriminator, args.optimizer, args.d_lr, precision)
+        d_optimizer = training.Optimizer(discriminator, args.optimizer, args.d_lr)
         state |= dict(discriminator=discriminator, d_optimizer=d_optimizer)
 
     timesteps = student_timesteps(args.sampling_steps)

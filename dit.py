@@ -44,17 +44,18 @@ PRESETS = {
         heads=8,             # heads x head_dim is the width, as in the paper's reading
         head_dim=16,         # channels of a head
         ffn=512,             # hidden channels, four times the width
-        steps=900,
+        steps=850,
         batch_size=32,       # clips per step
         lr=0.04,             # Muon's
+        noise_level=0.0,     # mean of the training levels' logit
         optimizer="muon",    # the paper has AdamW
         ema=0.99),           # the average of about the last 100 steps
-    "toy": dict(width=512, depth=14, heads=16, head_dim=32, ffn=2048, steps=20000, batch_size=128,
-                lr=0.02, optimizer="muon", ema=0.9995),
+    "toy": dict(width=192, depth=7, heads=8, head_dim=24, ffn=768, steps=5000, batch_size=32,
+                lr=0.03, noise_level=0.8, optimizer="muon", ema=0.998),
     # Stated: depth, heads, FFN, AdamW, its rate. The paper's teacher, on the phone's clips;
     # prune.py cuts the phone's model out of it.
     "mobile": dict(width=2048, depth=28, heads=32, head_dim=64, ffn=8192, steps=200000,
-                   batch_size=256, lr=5e-5, optimizer="adamw", ema=0.9995),
+                   batch_size=256, lr=5e-5, noise_level=0.8, optimizer="adamw", ema=0.9995),
 }
 PRESETS["server"] = PRESETS["mobile"]
 
@@ -371,7 +372,8 @@ def add_noise(x0, noise, t):
 def logit_normal(n, generator, mean=0.0):
     """Noise levels [n] in (0, 1): the sigmoid of N(mean, 1) (https://arxiv.org/abs/2403.03206).
     With mean 0 most are in the middle, where the velocity is hardest to predict; a negative mean is
-    nearer to data."""
+    nearer to data, a positive one to noise: the more numbers a clip's latents have, the more noise
+    it takes to hide what they show."""
     return torch.sigmoid(mean + torch.randn(n, generator=generator))
 
 
@@ -415,15 +417,15 @@ def sample_euler(dit, noise, prompts, steps, cfg):
 # ------------------------------------------------------------ the training
 
 
-def draw_batch(latents, args, stage, step, cfg_dropout):
+def draw_batch(latents, args, stage, step):
     """What a step of flow matching trains on, from (stage, seed, step, process) alone, so that a
     resumed run repeats an unbroken one. -> x0 [b, c, t, h, w], prompts [b, m], noise, t [b]"""
     g = training.step_generator(stage, args.seed, step)
     is_pictures = training.is_picture_step(args.picture_share, stage, args.seed, step)
     batch_size = training.local_batch_size(args)
-    x0, prompts = latents.draw(g, batch_size, cfg_dropout, is_pictures)
+    x0, prompts = latents.draw(g, batch_size, args.cfg_dropout, is_pictures)
     noise = torch.randn(x0.shape, generator=g)
-    t = logit_normal(batch_size, g)
+    t = logit_normal(batch_size, g, args.noise_level)
     return x0, prompts, noise, t
 
 
@@ -436,6 +438,9 @@ def parse_arguments(argv):
     p.add_argument("--ffn", type=cli.positive, help="hidden channels of the FFN")
     p.add_argument("--cfg-dropout", type=cli.number(0, 1), default=0.1,
                    help="fraction of captions left empty, for classifier-free guidance")
+    p.add_argument("--noise-level", type=cli.number(-20, 20),
+                   help="noise level t in training: mean of its logit (std 1); prune.py takes the "
+                        "teacher's")
     cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     cli.add_file(p, "--out", "dit.pt", "the trained DiT")
     cli.add_training_flags(p)
@@ -466,11 +471,11 @@ def main(argv=None):
     dit.text_encoder.empty[:] = latents.empty
     dit.gradient_checkpointing = args.gradient_checkpointing
     ema = training.average_weights(dit, args)
-    optimizer = training.Optimizer(dit, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(dit, args.optimizer, args.lr)
     loss_fn = torch.compile(flow_loss) if args.compile else flow_loss
 
     def draw(step):
-        return draw_batch(latents, args, "dit", step, args.cfg_dropout)
+        return draw_batch(latents, args, "dit", step)
 
     loop = training.Loop("dit", args, settings, args.steps, device, draw, model=dit, ema=ema,
                          optimizer=optimizer)

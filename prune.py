@@ -43,13 +43,13 @@ PRESETS = {
         heads=5,           # of 8; 5/8 of its heads,
         ffn=384,           # of 512; 3/4 of its FFN's channels
         mask_steps=50,     # of learning the masks
-        steps=320,         # of recovery, about a third of the teacher's 900
+        steps=300,         # of recovery, about a third of the teacher's 850
         batch_size=32,     # clips per step
         lr=0.04,           # Muon's; as for the teacher
         optimizer="muon",  # the paper has AdamW
         ema=0.99),         # the average of about the last 100 steps
-    "toy": dict(blocks=10, heads=10, ffn=1536, mask_steps=1500, steps=6000, batch_size=128, lr=0.01,
-                optimizer="muon", ema=0.999),
+    "toy": dict(blocks=5, heads=5, ffn=576, mask_steps=120, steps=1200, batch_size=32, lr=0.03,
+                optimizer="muon", ema=0.995),
     "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256,
                    lr=5e-5, optimizer="adamw", ema=0.9995),
 }
@@ -214,24 +214,24 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 # ------------------------------------------------------------ the training
 
 
-def learn_masks(args, settings, latents, teacher, budget, cfg_dropout, device, precision):
+def learn_masks(args, settings, latents, teacher, budget, device, precision):
     """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
     batches = []
     for i in range(8):  # batches
-        batch = draw_batch(latents, args, "sensitivity", i, cfg_dropout)
+        batch = draw_batch(latents, args, "sensitivity", i)
         batches.append([x.to(device) for x in batch])
     teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
     with precision():
         scores = sensitivity(teacher, args.criterion, batches, args.seed)
     mask_module = Masks(scores, budget).to(device)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
-    optimizer = training.Optimizer(student, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(student, args.optimizer, args.lr)
     mask_lr = args.mask_lr if args.criterion == "learned" else 0.0
     mask_optimizer = torch.optim.SGD(mask_module.parameters(), lr=mask_lr, momentum=0.9)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
-        return draw_batch(latents, args, "masks", step, cfg_dropout)
+        return draw_batch(latents, args, "masks", step)
 
     loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                          masks=mask_module, optimizer=optimizer, mask_optimizer=mask_optimizer)
@@ -255,15 +255,15 @@ def learn_masks(args, settings, latents, teacher, budget, cfg_dropout, device, p
     return student, scores, mask_module, loop
 
 
-def recover(args, settings, latents, teacher, dense, kept_blocks, cfg_dropout, device, precision):
+def recover(args, settings, latents, teacher, dense, kept_blocks, device, precision):
     """Step 4. -> the average of the dense model's weights, and the loop."""
     dense.gradient_checkpointing = args.gradient_checkpointing
     ema = training.average_weights(dense, args)
-    optimizer = training.Optimizer(dense, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(dense, args.optimizer, args.lr)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
 
     def draw(step):
-        return draw_batch(latents, args, "prune", step, cfg_dropout)
+        return draw_batch(latents, args, "prune", step)
 
     loop = training.Loop("prune", args, settings, args.steps, device, draw, model=dense, ema=ema,
                          optimizer=optimizer)
@@ -355,7 +355,9 @@ def main(argv=None):
     device, precision = training.set_up(args)
     latents = data.Latents(args.latents)
     teacher, checkpoint = load_dit(args.dit, device, "dit", latents=latents)
-    cfg_dropout = checkpoint["settings"]["cfg_dropout"]  # the small model is guided, too
+    with files.reading(args.dit):  # the small model is guided, too, at the same noise levels
+        args.cfg_dropout = checkpoint["settings"]["cfg_dropout"]
+        args.noise_level = checkpoint["settings"]["noise_level"]
     sizes = kept_sizes(args, teacher.config)
     settings = cli.settings_of(args) | dict(
         latents_checksum=latents.checksum, teacher_checksum=files.checksum(teacher.parameters()))
@@ -365,7 +367,7 @@ def main(argv=None):
     budget = dict(blocks=sizes["depth"], self_heads=sizes["heads"], cross_heads=sizes["heads"],
                   ffn=sizes["ffn"])
     student, scores, mask_module, mask_loop = learn_masks(
-        args, settings, latents, teacher, budget, cfg_dropout, device, precision)
+        args, settings, latents, teacher, budget, device, precision)
 
     # 3. cut
     masks = {name: m.detach().round() for name, m in mask_module().items()}
@@ -376,8 +378,7 @@ def main(argv=None):
     del student
 
     # 4. recovery
-    pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, cfg_dropout,
-                           device, precision)
+    pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, device, precision)
 
     params = training.count_parameters(dense)
     metrics = dict(params=params, params_ratio=params / training.count_parameters(teacher),

@@ -47,15 +47,15 @@ PRESETS = {
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of real videos
         fps=8,               # of real videos: frames per second at which they are read
-        steps=1200,
+        steps=1100,
         batch_size=12,       # clips per step
         lr=0.01,             # Muon's: each update is orthogonal, whatever the gradient's size
         kl=0.04,             # dB per nat: it keeps the latents' scale in bounds, no more
         optimizer="muon",    # the paper has AdamW
         ema=0.99),           # the average of about the last 100 steps
-    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=128, width=128, patch=4,
-                res_blocks=2, clips=16384, fps=8, steps=12000, batch_size=16, lr=0.01, kl=0.004,
-                optimizer="muon", ema=0.999),
+    "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=96, width=48, patch=4,
+                res_blocks=1, crop="17x64x64", clips=6144, fps=8, steps=3000, batch_size=8,
+                lr=0.01, kl=0.04, optimizer="muon", ema=0.99),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, patch=4,
                    res_blocks=3, clips=65536, fps=24, steps=200000, batch_size=8, lr=1e-4, kl=4e-4,
                    optimizer="adamw", ema=0.9995),
@@ -86,6 +86,11 @@ class RMSNorm(nn.Module):
         return x * weight
 
 
+def repeat_first_frame(x, n):
+    """[b, c, t, h, w] -> [b, c, n + t, h, w]: n copies of the first frame in front."""
+    return torch.cat([x[:, :, :1]] * n + [x], dim=2) if n else x
+
+
 class CausalConv3d(nn.Conv3d):
     """A convolution of [b, c, t, h, w] whose output frame i sees input frames <= i * stride: the
     first frame is repeated in front instead of padding at both ends. kernel: (time, height, width),
@@ -96,8 +101,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(c_in, c_out, kernel, stride=stride, padding=padding)
 
     def forward(self, x):
-        frames_before = [x[:, :, :1]] * (self.kernel_size[0] - 1)
-        return super().forward(torch.cat([*frames_before, x], dim=2))
+        return super().forward(repeat_first_frame(x, self.kernel_size[0] - 1))
 
 
 class ResBlock(nn.Module):
@@ -137,7 +141,7 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         st, sh, sw = self.conv.stride
-        padded = torch.cat([x[:, :, :1]] * (st - 1) + [x], dim=2)  # causal, as in the convolution
+        padded = repeat_first_frame(x, st - 1)  # causal, as in the convolution
         shortcut = rearrange(padded, "b c (t st) (h sh) (w sw) -> b (st sh sw c) t h w",
                              st=st, sh=sh, sw=sw)
         return self.conv(x) + match_channels(shortcut, self.conv.out_channels)
@@ -400,7 +404,7 @@ def main(argv=None):
     batch_size = training.local_batch_size(args)
     vae.to(device).gradient_checkpointing = args.gradient_checkpointing
     ema = training.average_weights(vae, args)
-    optimizer = training.Optimizer(vae, args.optimizer, args.lr, precision)
+    optimizer = training.Optimizer(vae, args.optimizer, args.lr)
     loss_fn = torch.compile(vae_loss) if args.compile else vae_loss
 
     def draw(step):

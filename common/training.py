@@ -7,7 +7,6 @@ The training step itself stands in each script:
         loop.log(loss=loss)
 """
 import atexit
-import contextlib
 import datetime
 import math
 import os
@@ -107,9 +106,9 @@ def warmup_cosine(step, steps):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, its matrix made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024,
-    https://kellerjordan.github.io/posts/muon/). torch's own takes no convolutions, and its products
-    are bfloat16 on every machine: here autocast decides."""
+    """Momentum, its matrix made nearly orthogonal by three Newton-Schulz iterations (Keller Jordan,
+    2024, https://kellerjordan.github.io/posts/muon/, has five). torch's own takes no convolutions,
+    and its products are bfloat16 on every machine; here they are the weights' float32."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -132,10 +131,16 @@ class Muon(torch.optim.Optimizer):
             is_tall = x.shape[1] > x.shape[2]
             x = x.mT if is_tall else x
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):  # each singular value s: 3.4445 s - 4.775 s^3 + 2.0315 s^5
-                gram = x @ x.mT
+            # Each singular value s: 3.4445 s - 4.775 s^3 + 2.0315 s^5, three times, as a product of
+            # polynomials of the Gram matrix, which is smaller than x.
+            gram = x @ x.mT
+            product = torch.eye(gram.shape[1], device=x.device)
+            for _ in range(3):
                 polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                x = 3.4445 * x + polynomial @ x
+                polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+                product = polynomial @ product
+                gram = polynomial @ gram @ polynomial
+            x = product @ x
             x = x.mT if is_tall else x
             # A tall matrix takes a longer step (same post).
             rate = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
@@ -146,11 +151,10 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizer:
     """AdamW as the paper states; or Muon for the matrices of linear and convolution layers beside
-    AdamW for all else, stepped as one under the autocast context of `precision`. Our reading:
-    AdamW's weight decay of 0.01 on these matrices; none on norms, biases, gates and embeddings."""
+    AdamW for all else, stepped as one. Our reading: AdamW's weight decay of 0.01 on these matrices;
+    none on norms, biases, gates and embeddings."""
 
-    def __init__(self, model, name, lr, precision=contextlib.nullcontext):
-        self.precision = precision
+    def __init__(self, model, name, lr):
         weights = {id(module.weight) for module in model.modules()
                    if isinstance(module, (nn.Linear, nn.Conv3d))}
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -172,9 +176,8 @@ class Optimizer:
                 group["lr"] = peak * fraction
 
     def step(self):
-        with self.precision():
-            for part in self.parts:
-                part.step()
+        for part in self.parts:
+            part.step()
 
     def state_dict(self):
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -88,7 +88,7 @@ def ratios(device, precision, rounds):
 def training_step(config, grid, batch, device, precision, optimizer_name="adamw"):
     """-> a function of no arguments that does one."""
     dit = DiT(**config).to(device)
-    optimizer = training.Optimizer(dit, optimizer_name, 1e-4, precision)
+    optimizer = training.Optimizer(dit, optimizer_name, 1e-4)
     x0, noise = torch.randn(2, batch, config["latent_channels"], *grid, device=device)
     t = torch.rand(batch, device=device)
     tokens = torch.ones(batch, config["text_tokens"], device=device).long()

@@ -104,10 +104,11 @@ def test_the_flow_goes_from_noise_to_data_along_a_straight_line():
 def test_a_share_of_the_batches_is_pictures(micro_run):
     latents = data.Latents(micro_run / "latents.pt")
     for share in 0.0, 0.3, 1.0:
-        args = SimpleNamespace(seed=0, batch_size=4, picture_share=share)
+        args = SimpleNamespace(seed=0, batch_size=4, picture_share=share, cfg_dropout=0.1,
+                               noise_level=0.0)
         pictures = 0
         for step in range(200):
-            x0, _, noise, t = dit.draw_batch(latents, args, "dit", step, 0.1)
+            x0, _, noise, t = dit.draw_batch(latents, args, "dit", step)
             assert x0.shape == noise.shape and t.shape == (4,)
             pictures += x0.shape[2] == 1
         assert pictures / 200 == pytest.approx(share, abs=0.1)

@@ -67,17 +67,18 @@ def test_training_clips_as_the_vae_keeps_them_say_how_far_a_score_can_go(scored_
     assert 0 < metrics["data"]["frechet"] < metrics["score"]["dit"]["frechet"]
 
 
-def test_the_dropout_of_captions_is_the_teachers(micro_run, tmp_path, monkeypatch):
+def test_caption_dropout_and_noise_levels_are_the_teachers(micro_run, tmp_path, monkeypatch):
     for name in "latents", "dit":
         checkpoint = torch.load(micro_run / f"{name}.pt", weights_only=True)
         if name == "dit":
-            checkpoint["settings"]["cfg_dropout"] = 1.0
+            checkpoint["settings"] |= dict(cfg_dropout=1.0, noise_level=9.0)
         torch.save(checkpoint, tmp_path / f"{name}.pt")
     drawn = []
     draw_batch = prune.draw_batch
     monkeypatch.setattr(prune, "draw_batch", lambda *a: drawn.append(draw_batch(*a)) or drawn[-1])
     train("prune", tmp_path)
     assert len(drawn) == 8 + 4 + 4 and not any(prompts.any() for _, prompts, _, _ in drawn)
+    assert all(t.min() > 0.9 for _, _, _, t in drawn)
 
 
 @pytest.mark.parametrize("name", ["vae", "latents", "dit", "masks", "pruned", "student",
