@@ -6,8 +6,9 @@
 # make demo VAE="--crop 9x32x32"           more flags for vae.py
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
-#                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look
-# make pictures                            the README's pictures into docs/, by what `make demo` and table-steps trained
+#                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look;
+#                                          table-toy-prune, -toy-disc, -toy-steps, after `make demo PRESET=toy`
+# make pictures                            the pictures of docs/, of what `make demo` and table-steps trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
@@ -19,7 +20,11 @@ PY = .venv/bin/python
 WHERE = --preset $(PRESET) --run "$(RUN)"
 HOW = $(WHERE) $(if $(STEPS),--steps $(STEPS)) $(if $(PICTURES),--picture-share $(PICTURES)) $(FLAGS)
 
-.PHONY: demo test pictures clean table-scores table-vae table-prune table-disc table-steps table-speed
+TABLES = table-scores table-vae table-prune table-disc table-steps table-speed table-toy-prune table-toy-disc table-toy-steps
+# Clips per score; at toy enough to tell techniques apart.
+CLIPS = $(if $(filter toy,$(PRESET)),192,96)
+
+.PHONY: demo test pictures clean $(TABLES)
 
 demo: .venv/ready
 	$(PY) vae.py $(HOW) --data "$(DATA)" $(VAE)
@@ -30,7 +35,7 @@ demo: .venv/ready
 	@printf 'Reload $(RUN)/report.html: clips by the teacher\n'
 	$(PY) prune.py $(HOW) $(if $(STEPS),--mask-steps $(STEPS))
 	$(PY) distill.py $(HOW)
-	$(PY) sample.py $(WHERE) --score
+	$(PY) sample.py $(WHERE) --score $(CLIPS)
 	@if $(PY) -c "import coremltools" 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
 	else echo "Left out: the export. There is no coremltools for this Python or system."; fi
 	$(PY) sample.py $(WHERE) --report
@@ -47,12 +52,12 @@ test: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-table-scores table-vae table-prune table-disc table-steps table-speed: .venv/ready
+$(TABLES): .venv/ready
 	$(PY) tests/tables.py $(@:table-%=%) --seeds $(SEEDS)
 
 pictures: demo
 	cp "$(RUN)/compare.gif" "$(RUN)/path.png" docs/
-	test ! -f runs/tables/steps.svg || cp runs/tables/steps.svg docs/
+	$(PY) tests/pictures.py
 
 clean:
 	rm -rf .venv runs/tiny runs/tables/*/*/0

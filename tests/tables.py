@@ -2,36 +2,42 @@
 printed as Markdown.
 
     python tests/tables.py prune              # or scores, vae, disc, steps, speed
+    python tests/tables.py toy-prune          # or toy-disc, toy-steps: at preset toy
     python tests/tables.py prune --seeds 1    # a first look        -> runs/tables/prune.md
-    python tests/tables.py prune --check      # what docs/experiments.md says otherwise
+    python tests/tables.py --check            # what README.md and docs/experiments.md say otherwise
 
 A row is a command of the six scripts, run in a folder of its own and scored; what it starts from
 (the four training scripts at preset tiny) is made once per seed, in runs/tables/chain; for seed 0
-it is what `make demo` made. Everything resumes. Rows run side by side, each on one core: on two,
-that gets a third more done than one row after the other on both. With --jobs 1 a row has all cores,
-or the GPU.
+it is what `make demo` made. At preset toy all seeds start from what `make demo PRESET=toy` made.
+Everything resumes. Rows run side by side, each on one core: on two, that gets a third more done
+than one row after the other on both. With --jobs 1 a row has all cores, or the GPU.
 """
 import argparse
 import json
-import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from html import escape
 from pathlib import Path
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
 
+from common import report  # noqa: E402
+
+OUT = ROOT / "runs" / "tables"
 SCORE = "sample.py --score"
 # A quarter of the preset's recovery: after all of it rows look alike.
 PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
 ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2"
+# At preset toy: short schedules, so that a row takes minutes.
+TOY_PRUNE = "prune.py --mask-steps 50 --steps 200"
+TOY_DISTILL = "distill.py --steps 150"
 # Clips on which 8x32x32 still leaves a grid.
 LARGE = ("vae.py --size 9x128x128 --patch 4 --width 32 --latent-channels 64 --clips 1536 "
          "--steps 400 --batch-size 4 --ratio")
@@ -74,11 +80,11 @@ def vae_row(ratio, dit_steps):
 TABLES = {
     "scores": (  # known to be worse and worse: less and less training, the caption ignored
         columns("validation_loss", *ALIGNMENT, *ASPECTS, *MOTION, "frechet"),
-        {"teacher, 900 steps": "dit.py",
+        {"teacher, 850 steps": "dit.py",
          "teacher, 300 steps": "dit.py --steps 300",
          "teacher, 100 steps": "dit.py --steps 100",
          "teacher, 30 steps": "dit.py --steps 30",
-         "teacher, 900 steps, CFG scale 0": f"{SCORE} --cfg 0"}),
+         "teacher, 850 steps, CFG scale 0": f"{SCORE} --cfg 0"}),
     "vae": (
         [*VAE_COLUMNS, *columns(*ALIGNMENT, *ASPECTS, *MOTION, "frechet")],
         {"4x16x16: 192 tokens, 150 steps": vae_row("4x16x16", 150),
@@ -98,9 +104,9 @@ TABLES = {
          "learned masks, KD of the output": f"{PRUNE} --kd output",
          "learned masks, no KD": f"{PRUNE} --kd",
          "from scratch, 130 steps": f"{SCRATCH} --steps 130",
-         "**370 steps: learned masks, both KD**": "prune.py",
-         "from scratch, 370 steps": f"{SCRATCH} --steps 370",
-         "from scratch, 1,270 steps": f"{SCRATCH} --steps 1270"}),
+         "**350 steps: learned masks, both KD**": "prune.py",
+         "from scratch, 350 steps": f"{SCRATCH} --steps 350",
+         "from scratch, 1,200 steps": f"{SCRATCH} --steps 1200"}),
     "disc": (
         [D_ACCURACY, *columns(*ALIGNMENT, "shape", "frechet")],
         {"the pruned model, before any of it": f"{ALONE} --steps 1",
@@ -128,6 +134,27 @@ TABLES = {
     "speed": (
         columns("params", "nfe", "seconds_per_clip", *ALIGNMENT, *MOTION, "frechet"),
         {"teacher": "dit", "pruned": "pruned", "student": "student"}),
+    "toy-prune": (
+        columns("params", "validation_loss", *ALIGNMENT, "frechet"),
+        {"learned masks": TOY_PRUNE,
+         "Taylor importance": f"{TOY_PRUNE} --criterion taylor",
+         "random": f"{TOY_PRUNE} --criterion random",
+         "from scratch": "dit.py --depth 5 --heads 5 --ffn 576 --steps 250"}),
+    "toy-steps": (
+        columns("nfe", *ALIGNMENT, "frechet"),
+        {"student, 1 step": f"{TOY_DISTILL} --sampling-steps 1",
+         "student, 2 steps": f"{TOY_DISTILL} --sampling-steps 2",
+         "student, 4 steps": TOY_DISTILL,
+         "teacher, 4 steps, no CFG": f"{SCORE} 192 --sampling-steps 4 --cfg 1",
+         "teacher, 40 steps, CFG": f"{SCORE} 192"}),
+    "toy-disc": (
+        [D_ACCURACY, *columns(*ALIGNMENT, "frechet")],
+        {"the pruned model, before any of it": f"{ALONE} --steps 1",
+         "the paper's: 3 frozen blocks, 1 trainable": ALONE,
+         "a linear layer on the 3 frozen": f"{ALONE} --trainable-blocks 0",
+         "a convolution on the 3 frozen": f"{ALONE} --d-head convolution",
+         "distillation term, no adversary": f"{TOY_DISTILL} --adversarial 0",
+         "both": TOY_DISTILL}),
 }
 CHAIN = {"vae.py": "vae.pt", "dit.py": "dit.pt", "prune.py": "pruned.pt",
          "distill.py": "student.pt"}
@@ -139,7 +166,9 @@ INPUTS = {"vae.py": {}, "dit.py": {"latents": "latents.pt"},
 
 def run(folder, seed, commands, threads, inputs):
     """Commands, one after the other, with what they say in folder/log; those that are done are
-    skipped. inputs: the folder with the files that they start from."""
+    skipped. inputs: the folder with the files that they start from, named as their preset but for
+    runs/tables/chain."""
+    preset = "toy" if inputs.name == "toy" else "tiny"
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done"
     for command in commands:
@@ -150,7 +179,8 @@ def run(folder, seed, commands, threads, inputs):
             flags += [f"--{name}", inputs / file]
         with open(folder / "log", "a") as log:
             status = subprocess.run(
-                [sys.executable, ROOT / script, "--run", folder, "--seed", str(seed), *flags],
+                [sys.executable, ROOT / script, "--preset", preset, "--run", folder,
+                 "--seed", str(seed), *flags],
                 env=dict(os.environ, OMP_NUM_THREADS=threads), stdout=log, stderr=log).returncode
         if status:
             raise RuntimeError(f"`{command}` ended with status {status}: see {folder / 'log'}")
@@ -175,7 +205,8 @@ def row(folder, seed, commands, threads, chain, made):
             (folder / file).symlink_to(chain / file)
         run(folder, seed, [SCORE if commands in CHAIN else commands], threads, chain)
     else:
-        run(folder, seed, [commands, SCORE], threads, chain)
+        score = f"{SCORE} 192" if chain.name == "toy" else SCORE
+        run(folder, seed, [commands, score], threads, chain)
     metrics = read_metrics(folder)
     if commands in list(CHAIN):
         stage = Path(commands).stem
@@ -196,34 +227,6 @@ def cell(results, stages, key, factor, decimals):
     spread = statistics.stdev(values) if len(values) > 1 else 0
     mean = f"{statistics.mean(values):.{decimals}f}"
     return f"{mean} ± {spread:.{decimals}f}" if spread else mean
-
-
-def label(x, y, text, more=""):
-    return f'<text x="{x}" y="{y:.1f}" fill="#808890" {more}>{escape(str(text))}</text>'
-
-
-def against_nfe(results):
-    """An SVG: text alignment against function evaluations per clip, on a logarithmic axis."""
-    end = 'text-anchor="end"'
-    parts = [label(0, 12, "text alignment, %"), label(360, 192, "NFE per clip", end)]
-    for y in (0, 25, 50, 75, 100):
-        parts.append(label(22, 164 - 1.4 * y, y, end))
-        parts.append(f'<path d="M28 {160 - 1.4 * y:.1f}h330" stroke="#80889066"/>')
-    parts += [label(30 + 46 * i, 178, 2 ** i) for i in range(7)]
-    lines = {"student": "#4c8bf5", "teacher, CFG": "#e0823d", "teacher, no CFG": "#808890"}
-    for i, (line, color) in enumerate(lines.items()):
-        points = []
-        for name, seeds in results.items():
-            if re.sub(r"\W*\d+ steps?\W*", ", ", name).strip("*, ") == line:
-                nfe = seeds[0]["score"]["nfe"]
-                share = statistics.mean(result["score"]["text_alignment"] for result in seeds)
-                points.append((30 + 46 * math.log2(nfe), 160 - 140 * share))
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(label(240, 116 + 15 * i, line, f'style="fill:{color}"'))
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 196" font-size="11" '
-            f'font-family="sans-serif">{"".join(parts)}</svg>\n')
 
 
 def make_speed(rows, chains, made):
@@ -253,49 +256,80 @@ def read_table(markdown):
     return found
 
 
-def check(name, out):
-    """Prints where docs/experiments.md and the table in `out` differ by more than both spreads
-    allow, and what stands in one of them alone. -> how many cells do"""
-    sections = (ROOT / "docs" / "experiments.md").read_text().split("\n## ")
-    section = next(text for text in sections if f"make table-{name}\n" in text)
-    said = read_table(section)
-    measured = read_table((out / f"{name}.md").read_text())
-    differ = 0
-    for key in sorted(said.keys() & measured.keys()):
-        (old, old_spread), (new, new_spread) = said[key], measured[key]
-        # One seed has no spread; of three, the farthest is 1.16 stds from their mean.
-        if abs(old - new) > old_spread + (new_spread or old_spread / 2):
-            print(f"{' / '.join(key)}: {old} ± {old_spread} in docs, {new} ± {new_spread} here")
-            differ += 1
-    for key in sorted(said.keys() ^ measured.keys()):
-        print(f"{' / '.join(key)}: only {'in docs' if key in said else 'here'}")
-    return differ + len(said.keys() ^ measured.keys())
+def demo_cells():
+    """What the README's table shows: {(figure, preset and model): (value, 0)}, of `make demo`."""
+    found = {}
+    for preset in "tiny", "toy":
+        path = ROOT / "runs" / preset / "metrics.json"
+        if path.exists():
+            (_, *models), *rows = report.score_table(json.loads(path.read_text()))
+            for figure, *texts in rows:
+                for model, text in zip(models, texts):
+                    if text:
+                        found[figure, f"{preset}: {model}"] = float(text.replace(",", "")), 0.0
+    return found
+
+
+def check(out):
+    """Prints each cell of the tables in README.md and docs/experiments.md that differs from what
+    `make demo` and the tables in `out` say by more than both spreads allow, or stands in one of
+    them alone; and per section how many cells there are, and how many there is nothing for.
+    -> how many differ"""
+    total = 0
+    for page in "README.md", "docs/experiments.md":
+        for section in (ROOT / page).read_text().split("\n## "):
+            said = read_table(section)
+            measured = demo_cells() if page == "README.md" else {}
+            for name in re.findall("make table-([a-z-]+)", section):
+                if (out / f"{name}.md").exists():
+                    measured |= read_table((out / f"{name}.md").read_text())
+            if not said:
+                continue
+            differ = 0
+            for key in said.keys() & measured.keys():
+                (old, old_spread), (new, new_spread) = said[key], measured[key]
+                # One seed has no spread; of three, the farthest is 1.16 stds from their mean.
+                tolerance = old_spread + (new_spread or old_spread / 2)
+                if abs(old - new) > tolerance and "milliseconds" not in key[0]:
+                    print(f"{' / '.join(key)}: {old} ± {old_spread} in {page}, {new} ± "
+                          f"{new_spread} here")
+                    differ += 1
+            for key in measured.keys() - said.keys() if page != "README.md" else ():
+                print(f"{' / '.join(key)}: only here")
+                differ += 1
+            nothing = len(said.keys() - measured.keys())
+            title = section.splitlines()[0].lstrip("# ")
+            print(f"{page}, {title}: {len(said)} cells, {differ} differ, {nothing} have nothing to "
+                  "compare with")
+            total += differ
+    return total
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("table", choices=TABLES)
+    p.add_argument("table", choices=TABLES, nargs="?")
     p.add_argument("--seeds", type=int, default=3, help="per row (default: 3)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(),
                    help="rows at a time (default: one per core)")
-    p.add_argument("--out", type=Path, default=ROOT / "runs" / "tables",
-                   help="folder (default: runs/tables)")
+    p.add_argument("--out", type=Path, default=OUT, help="folder (default: runs/tables)")
     p.add_argument("--check", action="store_true",
-                   help="only compare the table in --out with docs/experiments.md")
+                   help="only compare README.md and docs/experiments.md with what is in runs/")
     args = p.parse_args()
     if args.check:
-        if not (args.out / f"{args.table}.md").exists():
-            sys.exit(f"there is no {args.out / args.table}.md yet: make table-{args.table}")
-        sys.exit(check(args.table, args.out) > 0)
+        sys.exit(check(args.out) > 0)
+    if not args.table:
+        p.error("which table?")
     titles, rows = TABLES[args.table]
     out = args.out.resolve()
     threads = str(max(1, os.cpu_count() // args.jobs))
-    demo = ROOT / "runs" / "tiny"
-    chains = [out / "chain" / str(seed) if seed else demo for seed in range(args.seeds)]
+    is_toy = args.table.startswith("toy")  # of one chain, that of `make demo PRESET=toy`
+    demo = ROOT / "runs" / ("toy" if is_toy else "tiny")
+    chains = [demo if is_toy or not seed else out / "chain" / str(seed)
+              for seed in range(args.seeds)]
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        stages = [] if args.table == "vae" else list(CHAIN)
+        stages = [] if is_toy or args.table == "vae" else list(CHAIN)
         made = [pool.submit(run, chain, seed, stages, threads, chain)
                 for seed, chain in enumerate(chains)]
         if args.table == "speed":
@@ -319,8 +353,6 @@ def main():
         lines.append([name, *(cell(seeds, *where) for _, *where in titles)])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (out / f"{args.table}.md").write_text(table)
-    if args.table == "steps":
-        (out / "steps.svg").write_text(against_nfe(results))
     print(table)
 
 

@@ -1,12 +1,18 @@
 """The tables' rows are commands; each must be one that its script takes, and end where the table
 looks."""
 import importlib
+import json
+from concurrent.futures import Future
 
+import pictures
 import pytest
 import tables
 
 import dit
 from common import training
+
+FINISHED = Future()
+FINISHED.set_result(None)
 
 
 def commands():
@@ -48,22 +54,58 @@ def test_a_cell_is_the_mean_and_the_spread_over_seeds():
     assert tables.cell(results, ("score",), "shape", 100, 1) == ""
 
 
-def test_a_cell_of_docs_that_a_new_run_contradicts_is_named(tmp_path, monkeypatch, capsys):
+def test_a_cell_of_a_page_that_a_new_run_contradicts_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+    for folder in "docs", "runs/tiny":
+        (tmp_path / folder).mkdir(parents=True)
     said = "| | colour, % | shape, % |\n|---|---|---|\n| **A** | 90.0 ± 2.0 | 50.0 |\n"
-    section = f"\n## Pruning\n\n    make table-prune\n\n{said}\nprose\n"
+    section = f"\n## Pruning\n\n    make table-prune\n\n{said}\nprose\n\n## More\n\n{said}"
     (tmp_path / "docs" / "experiments.md").write_text(f"# Experiments\n{section}")
+    readme = "| | tiny: teacher | data |\n|---|---|---|\n| outline IoU, % | 92.7 | |\n"
+    (tmp_path / "README.md").write_text(f"# A\n\n## Results\n\n{readme}")
+    metrics = {"score": {"dit": {"outline_iou": 0.927}}}
+    (tmp_path / "runs" / "tiny" / "metrics.json").write_text(json.dumps(metrics))
     for measured, differ in ("93.0 ± 2.0 | 50.0", 0), ("95.0 ± 2.0 | 50.1", 2):
         (tmp_path / "prune.md").write_text(said.replace("90.0 ± 2.0 | 50.0", measured))
-        assert tables.check("prune", tmp_path) == differ
+        assert tables.check(tmp_path) == differ
     told = capsys.readouterr().out
-    assert "A / colour, %: 90.0 ± 2.0 in docs, 95.0 ± 2.0 here" in told
+    assert "A / colour, %: 90.0 ± 2.0 in docs/experiments.md, 95.0 ± 2.0 here" in told
+    assert "README.md, Results: 1 cells, 0 differ, 0 have nothing" in told
+    assert "More: 2 cells, 0 differ, 2 have nothing" in told
+    metrics["score"]["dit"]["outline_iou"] = 0.93
+    (tmp_path / "runs" / "tiny" / "metrics.json").write_text(json.dumps(metrics))
+    assert tables.check(tmp_path) == 3
 
 
 def test_the_picture_has_a_point_for_each_row_of_its_lines():
-    rows = tables.TABLES["steps"][1]
-    results = {name: [{"score": {"nfe": 4, "text_alignment": 0.5}}] for name in rows}
-    picture = tables.against_nfe(results)
-    assert picture.count("<circle") == len(rows) == 10
+    steps = {}
+    for row in tables.TABLES["steps"][1]:
+        steps[row.strip("*"), "NFE"] = 4.0, 0.0
+        steps[row.strip("*"), "text alignment, %"] = 50.0, 0.0
+    picture = pictures.against_nfe(steps)
+    assert picture.count("<circle") == len(tables.TABLES["steps"][1]) == 10
     assert picture.count('cx="122.0" cy="90.0"') == 10  # 2 of 6 doublings, half the height
+
+
+def test_a_row_at_toy_is_scored_on_more_clips(tmp_path, monkeypatch):
+    """With short schedules of the preset, of the models of `make demo PRESET=toy`."""
+    ran = []
+    monkeypatch.setattr(tables, "run", lambda folder, seed, commands, *rest: ran.append(commands))
+    monkeypatch.setattr(tables, "read_metrics", lambda folder: {"score": {"student": {}}})
+    for chain in "toy", "1":
+        tables.row(tmp_path / "row", 0, "distill.py --steps 5", "1", tmp_path / chain, FINISHED)
+    assert ran == [["distill.py --steps 5", "sample.py --score 192"],
+                   ["distill.py --steps 5", "sample.py --score"]]
+
+
+def test_the_curves_and_what_to_expect_are_drawn_of_a_run(micro_run, monkeypatch):
+    assert pictures.curves(micro_run).count("<polyline") == 6
+    trained = []
+    monkeypatch.setattr(pictures, "DEMO", micro_run)
+    monkeypatch.setattr(pictures, "trained", lambda *row: trained.append(row) or micro_run)
+    rows = pictures.expect()
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert len({cell.shape for row in rows for cell in row}) == 1
+    assert [command for _, command in trained] == [
+        "vae.py --steps 100", "vae.py --steps 400", "dit.py --steps 30", "dit.py --steps 100",
+        "dit.py --steps 300", "distill.py --steps 20"]

@@ -1,0 +1,150 @@
+"""The pictures of docs/ that no report has, from what `make demo` and `make table-steps` left.
+
+    python tests/pictures.py     # -> docs/curves.svg, expect.gif, steps.svg
+
+expect.gif shows models that were trained for less, too: they are made first, in
+runs/tables/scores (where table-scores finds its own) and runs/tables/expect, in a few minutes.
+"""
+import math
+import os
+import sys
+from contextlib import nullcontext
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import tables  # noqa: E402
+
+from common import data, files, report  # noqa: E402
+from dit import CFG_SCALE  # noqa: E402
+from sample import Model, decode  # noqa: E402
+from vae import VAE, load_vae  # noqa: E402
+
+DOCS = ROOT / "docs"
+DEMO = ROOT / "runs" / "tiny"
+PROMPT = "a red triangle moving right"
+
+# ------------------------------------------------------------ curves
+
+
+def label(x, y, text, more=""):
+    return f'<text x="{x}" y="{y:.1f}" fill="#808890" {more}>{escape(str(text))}</text>'
+
+
+def svg(width, height, parts):
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'font-size="11" font-family="sans-serif">{"".join(parts)}</svg>\n')
+
+
+def curves(run):
+    """An SVG: six curves of a run's training, each point the mean of a hundredth of the steps."""
+    shown = [("vae", "psnr_db", "VAE: PSNR of the batch, dB"), ("dit", "loss", "teacher: loss"),
+             ("pruned", "masks_loss", "masks: loss, with distillation"),
+             ("pruned", "loss", "pruned: loss, with distillation"),
+             ("student", "distillation", "student: distillation term"),
+             ("student", "d_accuracy", "discriminator: accuracy")]
+    parts = []
+    for i, (name, key, title) in enumerate(shown):
+        values = files.load(run / f"{name}.pt", name)["history"][key]
+        y = [piece.mean() for piece in np.array_split(np.array(values), min(100, len(values)))]
+        left = 10 + 240 * (i % 3)
+        top = 10 + 150 * (i // 3)
+        heights = top + 110 - 90 * (np.array(y) - min(y)) / (max(y) - min(y))
+        path = " ".join(f"{left + 36 + 180 * k / (len(y) - 1):.1f},{height:.1f}"
+                        for k, height in enumerate(heights))
+        parts += [label(left, top + 8, title), label(left, top + 24, f"{max(y):.2f}"),
+                  label(left, top + 112, f"{min(y):.2f}"), label(left + 36, top + 126, 0),
+                  label(left + 216, top + 126, f"{len(values):,} steps", 'text-anchor="end"'),
+                  f'<path d="M{left + 36} {top + 112}h180" stroke="#80889066"/>',
+                  f'<polyline points="{path}" fill="none" stroke="#4c8bf5" stroke-width="1.5"/>']
+    return svg(720, 300, parts)
+
+
+def against_nfe(steps):
+    """An SVG: text alignment against function evaluations per clip, on a logarithmic axis. steps:
+    the cells of table-steps."""
+    end = 'text-anchor="end"'
+    parts = [label(0, 12, "text alignment, %"), label(360, 192, "NFE per clip", end)]
+    for y in (0, 25, 50, 75, 100):
+        parts.append(label(22, 164 - 1.4 * y, y, end))
+        parts.append(f'<path d="M28 {160 - 1.4 * y:.1f}h330" stroke="#80889066"/>')
+    parts += [label(30 + 46 * i, 178, 2 ** i) for i in range(7)]
+    lines = {"student, ": "#4c8bf5", ", CFG": "#e0823d", ", no CFG": "#808890"}
+    for i, (line, color) in enumerate(lines.items()):
+        points = []
+        for (row, title), (nfe, _) in steps.items():
+            if title == "NFE" and line in row:
+                share, _ = steps[row, "text alignment, %"]
+                points.append((30 + 46 * math.log2(nfe), 160 - 1.4 * share))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        name = "student" if line == "student, " else f"teacher{line}"
+        parts.append(label(240, 116 + 15 * i, name, f'style="fill:{color}"'))
+    return svg(360, 196, parts)
+
+
+# ------------------------------------------------------------ what to expect
+
+
+def trained(folder, command):
+    """-> the folder of a row with seed 0, once the command has run in it, on the demo's files."""
+    tables.run(folder, 0, [command], str(os.cpu_count()), DEMO)
+    return folder
+
+
+@torch.no_grad()
+def expect():
+    """Rows of cells: one clip by VAEs, one prompt and noise by teachers and students, each after
+    more and more steps, the loss beside it."""
+    latents = data.Latents(DEMO / "latents.pt")
+    vae = load_vae(DEMO / "vae.pt", "cpu", latents.metadata["vae_checksum"])
+    index = [record.caption for record in latents.records].index(PROMPT)
+    clip = data.open_clips(latents.checkpoint["settings"], DEMO / "frames.pt").clip([index])
+    rows = [[report.cell(clip[0], f"input: {PROMPT}", width=160)]]
+    for steps in (100, 400, 1100):
+        folder = DEMO
+        if steps < 1100:
+            folder = trained(tables.OUT / "expect" / f"vae-{steps}", f"vae.py --steps {steps}")
+        checkpoint = files.load(folder / "vae.pt", "vae")
+        early = VAE(**checkpoint["config"])
+        early.load_state_dict(checkpoint["model"])
+        reconstruction = early.eval().decode(early.encode(clip)[0]).clamp(-1, 1)
+        title = f"VAE, {steps:,} steps: {checkpoint['metrics']['psnr_db']:.1f} dB"
+        rows[0].append(report.cell(reconstruction[0], title, width=160))
+
+    stages = {"dit": ("teacher", "loss", (30, 100, 300, 850)),
+              "student": ("student", "distillation", (20, 90))}
+    for stage, (name, key, lengths) in stages.items():
+        rows.append([])
+        for steps in lengths:
+            folder = DEMO
+            if stage == "dit" and steps < 850:
+                folder = trained(tables.OUT / "scores" / f"teacher-{steps}-steps" / "0",
+                                 f"dit.py --steps {steps}")
+            elif steps == 20:
+                folder = trained(tables.OUT / "expect" / "student-20", "distill.py --steps 20")
+            model = Model(folder / f"{stage}.pt", "cpu", nullcontext, None, CFG_SCALE)
+            x0, _ = model.sample(latents.prompts_of([PROMPT]), 0)
+            loss = np.mean(model.checkpoint["history"][key][-20:])
+            title = f"{name}, {steps} steps: {key} {loss:.2f}"
+            rows[-1].append(report.cell(decode(vae, x0, nullcontext)[0], title, width=160))
+    blank = np.full_like(rows[0][0], 255)
+    return [row + [blank] * (4 - len(row)) for row in rows]
+
+
+def main():
+    (DOCS / "curves.svg").write_text(curves(DEMO))
+    report.write_video(DOCS / "expect.gif", expect(), 8)
+    if (tables.OUT / "steps.md").exists():
+        steps = tables.read_table((tables.OUT / "steps.md").read_text())
+        (DOCS / "steps.svg").write_text(against_nfe(steps))
+
+
+if __name__ == "__main__":
+    main()
