@@ -104,8 +104,8 @@ def make_parser(doc, presets, argv):
     # --preset and --run decide the other defaults, so they are read first.
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", choices=list(presets), default="tiny",
-                       help="tiny: minutes on a laptop; toy: an hour there, or a GPU; mobile, server: the "
-                            "paper's sizes")
+                       help="tiny: minutes on a laptop; toy: an hour there, or a GPU; mobile, "
+                            "server: the paper's sizes")
     early.add_argument("--run", type=Path, metavar="DIR", help="folder of the run's files")
     chosen, _ = early.parse_known_args(argv)
 

@@ -1,8 +1,7 @@
-"""What tokens, parameters and precision cost on this machine: what docs/performance.md measures.
+"""What tokens and precision cost on this machine: what docs/performance.md measures.
 And what a clip costs on the phone, package by package, for docs/coreml.md.
 
     python tests/bench_cost.py ratios   # one evaluation of the mobile DiT, for four VAE ratios
-    python tests/bench_cost.py curves   # a training step against tokens, and against parameters
     python tests/bench_cost.py steps    # training steps: width 512 in both precisions, preset tiny
     python tests/bench_cost.py phone    # reads runs/mobile/coreml-random, which `export_coreml.py
                                         # --preset mobile --random-weights` makes, or --coreml DIR
@@ -17,7 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 
 import torch
 
@@ -103,34 +102,6 @@ def training_step(config, grid, batch, device, precision, optimizer_name="adamw"
     return step
 
 
-def exponent(xs, ys):
-    """e of y ~ x^e, by least squares on logarithms."""
-    return linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
-
-
-def curves(device, precision, rounds):
-    def seconds_of(config, grid):
-        step = training_step(config, grid, 1, device, precision)
-        measured, = seconds(step, device=device, rounds=rounds, warm_up=3)
-        return measured
-
-    tokens = [frames * 192 for frames in (1, 2, 4, 8, 16)]
-    times = [seconds_of(MEDIUM, (n // 192, 12, 16)) for n in tokens]
-    flops = [3 * forward_flops(MEDIUM, n) for n in tokens]
-    for n, s, f in zip(tokens, times, flops):
-        print(f"{n:5} tokens: {s:.3f} s per step, {f / 1e12:.2f} TFLOP")
-    print(f"seconds grow as tokens^{exponent(tokens, times):.2f}, FLOPs as "
-          f"^{exponent(tokens, flops):.2f} (1 for matrices, 2 for attention)")
-    params = []
-    times = []
-    for width in 256, 512, 768, 1024:
-        config = MEDIUM | dict(width=width, heads=width // 64, ffn=4 * width)
-        params.append(training.count_parameters(DiT(**config)))
-        times.append(seconds_of(config, (4, 12, 16)))
-        print(f"{params[-1] / 1e6:5.1f} M parameters: {times[-1]:.3f} s per step of 768 tokens")
-    print(f"seconds grow as parameters^{exponent(params, times):.2f} (predicted 1)")
-
-
 def steps(device, precision, rounds):
     flops = 3 * forward_flops(MEDIUM, math.prod(GRID))  # backward costs twice the forward pass
     for dtype in torch.float32, torch.bfloat16:
@@ -190,7 +161,7 @@ def phone(folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["ratios", "curves", "steps", "phone"])
+    p.add_argument("what", choices=["ratios", "steps", "phone"])
     p.add_argument("--coreml", type=Path, default=Path("runs/mobile/coreml-random"))
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -201,7 +172,7 @@ def main():
         return
     device, precision = training.set_up(args)
     torch.manual_seed(0)
-    measure = {"ratios": ratios, "curves": curves, "steps": steps}[args.what]
+    measure = {"ratios": ratios, "steps": steps}[args.what]
     measure(device, precision, args.rounds)
 
 
