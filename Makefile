@@ -46,10 +46,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q tests
 
+# --no-compile: Python compiles what is imported, a part of it, when it is.
 .venv/ready: requirements.txt
 	@echo "PyTorch and the rest are installed into .venv, once; that may take minutes"
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $@
 
 $(TABLES): .venv/ready

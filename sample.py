@@ -87,7 +87,7 @@ class Model:
         with self.precision():  # around the iteration: that is when the model runs
             yield from steps
 
-    def sample(self, prompts, seed, batch=48):
+    def sample(self, prompts, seed, batch=16):
         """-> normalised latents [n, c, t, h, w] on the CPU, and the median over batches of seconds
         per clip. prompts: what the text encoder reads, [n, m] or [n, m, dim]."""
         n = len(prompts)

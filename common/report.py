@@ -92,8 +92,8 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
     "validation_loss": ("validation loss", 1),
     "subject_consistency": ("subject consistency", 1),
     "motion_smoothness": ("motion smoothness", 1),
-    "dynamic_degree": ("dynamic degree", 1),
-    "frechet": ("Fréchet distance", 1),
+    "dynamic_degree": ("dynamic degree, 1e-3", 1e3),
+    "frechet": ("Fréchet distance, 1e-3", 1e3),
 }
 
 
