@@ -107,9 +107,9 @@ def expect():
     index = [record.caption for record in latents.records].index(PROMPT)
     clip = data.open_clips(latents.checkpoint["settings"], DEMO / "frames.pt").clip([index])
     rows = [[report.cell(clip[0], f"input: {PROMPT}", width=160)]]
-    for steps in (100, 400, 1100):
+    for steps in (100, 400, 1150):
         folder = DEMO
-        if steps < 1100:
+        if steps < 1150:
             folder = trained(tables.OUT / "expect" / f"vae-{steps}", f"vae.py --steps {steps}")
         checkpoint = files.load(folder / "vae.pt", "vae")
         early = VAE(**checkpoint["config"])
