@@ -36,7 +36,7 @@ demo: .venv/ready
 	$(PY) prune.py $(HOW) $(if $(STEPS),--mask-steps $(STEPS))
 	$(PY) distill.py $(HOW)
 	$(PY) sample.py $(WHERE) --score $(CLIPS)
-	@if $(PY) -c "import coremltools" 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
+	@if $(PY) -m pip show --quiet coremltools 2> /dev/null; then set -x; $(PY) export_coreml.py $(WHERE); \
 	else echo "Left out: the export. There is no coremltools for this Python or system."; fi
 	$(PY) sample.py $(WHERE) --report
 	@printf '\nMade in $(RUN): vae.pt, dit.pt, pruned.pt, student.pt; metrics.json, all figures.\n'

@@ -106,9 +106,9 @@ def warmup_cosine(step, steps):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, its matrix made nearly orthogonal by three Newton-Schulz iterations (Keller Jordan,
-    2024, https://kellerjordan.github.io/posts/muon/, has five). torch's own takes no convolutions,
-    and its products are bfloat16 on every machine; here they are the weights' float32."""
+    """Momentum, its matrix made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024,
+    https://kellerjordan.github.io/posts/muon/). torch's own takes no convolutions, and its products
+    are bfloat16 on every machine; here they are the weights' float32."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -131,11 +131,11 @@ class Muon(torch.optim.Optimizer):
             is_tall = x.shape[1] > x.shape[2]
             x = x.mT if is_tall else x
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            # Each singular value s: 3.4445 s - 4.775 s^3 + 2.0315 s^5, three times, as a product of
+            # Each singular value s: 3.4445 s - 4.775 s^3 + 2.0315 s^5, five times, as a product of
             # polynomials of the Gram matrix, which is smaller than x.
             gram = x @ x.mT
             product = torch.eye(gram.shape[1], device=x.device)
-            for _ in range(3):
+            for _ in range(5):
                 polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
                 product = polynomial @ product

@@ -3,10 +3,11 @@
     python tests/pictures.py     # -> docs/curves.svg, expect.gif, steps.svg
 
 expect.gif shows models that were trained for less, too: they are made first, in
-runs/tables/scores (where table-scores finds its own) and runs/tables/expect, in a few minutes.
+runs/tables/expect, in a few minutes.
 """
 import math
 import os
+import re
 import sys
 from contextlib import nullcontext
 from html import escape
@@ -28,6 +29,12 @@ from vae import VAE, load_vae  # noqa: E402
 DOCS = ROOT / "docs"
 DEMO = ROOT / "runs" / "tiny"
 PROMPT = "a red triangle moving right"
+EXPECT = [  # name, stage, key of its history and how it is shown, runs that stop earlier
+    ("VAE", "vae", "psnr_db", "dB", ["vae.py --steps 100", "vae.py --steps 400"]),
+    ("teacher", "dit", "loss", "loss",
+     ["dit.py --steps 30", "dit.py --steps 100", "dit.py --steps 300"]),
+    ("student", "student", "distillation", "loss", ["distill.py --steps 20"]),
+]
 
 # ------------------------------------------------------------ curves
 
@@ -92,48 +99,39 @@ def against_nfe(steps):
 # ------------------------------------------------------------ what to expect
 
 
-def trained(folder, command):
-    """-> the folder of a row with seed 0, once the command has run in it, on the demo's files."""
+def trained(command):
+    """-> the folder of a run with seed 0 on the demo's files, once the command has run in it."""
+    folder = tables.OUT / "expect" / re.sub(r"\W+", "-", command)
     tables.run(folder, 0, [command], str(os.cpu_count()), DEMO)
     return folder
 
 
 @torch.no_grad()
 def expect():
-    """Rows of cells: one clip by VAEs, one prompt and noise by teachers and students, each after
-    more and more steps, the loss beside it."""
+    """Rows of cells: a clip by VAEs, a prompt and noise by teachers and students, each after more
+    and more steps, with what the last twenty of them logged."""
     latents = data.Latents(DEMO / "latents.pt")
     vae = load_vae(DEMO / "vae.pt", "cpu", latents.metadata["vae_checksum"])
     index = [record.caption for record in latents.records].index(PROMPT)
     clip = data.open_clips(latents.checkpoint["settings"], DEMO / "frames.pt").clip([index])
-    rows = [[report.cell(clip[0], f"input: {PROMPT}", width=160)]]
-    for steps in (100, 400, 1150):
-        folder = DEMO
-        if steps < 1150:
-            folder = trained(tables.OUT / "expect" / f"vae-{steps}", f"vae.py --steps {steps}")
-        checkpoint = files.load(folder / "vae.pt", "vae")
-        early = VAE(**checkpoint["config"])
-        early.load_state_dict(checkpoint["model"])
-        reconstruction = early.eval().decode(early.encode(clip)[0]).clamp(-1, 1)
-        title = f"VAE, {steps:,} steps: {checkpoint['metrics']['psnr_db']:.1f} dB"
-        rows[0].append(report.cell(reconstruction[0], title, width=160))
-
-    stages = {"dit": ("teacher", "loss", (30, 100, 300, 850)),
-              "student": ("student", "distillation", (20, 90))}
-    for stage, (name, key, lengths) in stages.items():
-        rows.append([])
-        for steps in lengths:
-            folder = DEMO
-            if stage == "dit" and steps < 850:
-                folder = trained(tables.OUT / "scores" / f"teacher-{steps}-steps" / "0",
-                                 f"dit.py --steps {steps}")
-            elif steps == 20:
-                folder = trained(tables.OUT / "expect" / "student-20", "distill.py --steps 20")
-            model = Model(folder / f"{stage}.pt", "cpu", nullcontext, None, CFG_SCALE)
-            x0, _ = model.sample(latents.prompts_of([PROMPT]), 0)
-            loss = np.mean(model.checkpoint["history"][key][-20:])
-            title = f"{name}, {steps} steps: {key} {loss:.2f}"
-            rows[-1].append(report.cell(decode(vae, x0, nullcontext)[0], title, width=160))
+    rows = []
+    for name, stage, key, unit, commands in EXPECT:
+        rows.append([report.cell(clip[0], f"input: {PROMPT}", width=160)] if stage == "vae" else [])
+        for folder in [*map(trained, commands), DEMO]:
+            path = folder / f"{stage}.pt"
+            checkpoint = files.load(path, stage)
+            if stage == "vae":
+                early = VAE(**checkpoint["config"])
+                early.load_state_dict(checkpoint["model"])
+                shown = early.eval().decode(early.encode(clip)[0]).clamp(-1, 1)
+            else:
+                model = Model(path, torch.device("cpu"), nullcontext, None, CFG_SCALE)
+                x0, _ = model.sample(latents.prompts_of([PROMPT]), 0)
+                shown = decode(vae, x0, nullcontext)
+            logged = np.mean(checkpoint["history"][key][-20:])
+            steps = checkpoint["settings"]["steps"]
+            title = f"{name}, {steps:,} steps: {unit} {logged:.2f}"
+            rows[-1].append(report.cell(shown[0], title, width=160))
     blank = np.full_like(rows[0][0], 255)
     return [row + [blank] * (4 - len(row)) for row in rows]
 

@@ -104,9 +104,9 @@ TABLES = {
          "learned masks, KD of the output": f"{PRUNE} --kd output",
          "learned masks, no KD": f"{PRUNE} --kd",
          "from scratch, 130 steps": f"{SCRATCH} --steps 130",
-         "**350 steps: learned masks, both KD**": "prune.py",
-         "from scratch, 350 steps": f"{SCRATCH} --steps 350",
-         "from scratch, 1,200 steps": f"{SCRATCH} --steps 1200"}),
+         "**310 steps: learned masks, both KD**": "prune.py",
+         "from scratch, 310 steps": f"{SCRATCH} --steps 310",
+         "from scratch, 1,160 steps": f"{SCRATCH} --steps 1160"}),
     "disc": (
         [D_ACCURACY, *columns(*ALIGNMENT, "shape", "frechet")],
         {"the pruned model, before any of it": f"{ALONE} --steps 1",

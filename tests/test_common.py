@@ -66,7 +66,7 @@ def test_steps_below_one_are_a_share_of_the_presets():
     assert [parse(text) for text in ("0.1", "0.0001", "1", "2000")] == [90, 1, 1, 2000]
 
 
-def test_muon_makes_the_directions_of_a_matrix_count_nearly_the_same():
+def test_muon_makes_every_direction_of_a_matrix_count_the_same():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(16, 40))
     weight.grad = torch.randn(16, 40) * torch.logspace(0, -2, 16)[:, None]
@@ -74,7 +74,7 @@ def test_muon_makes_the_directions_of_a_matrix_count_nearly_the_same():
     before = torch.linalg.svdvals(weight.grad)
     assert before.max() > 100 * before.min()
     singular = torch.linalg.svdvals(weight)
-    assert singular.min() > 0.1 and singular.median() > 0.6 and singular.max() < 1.3
+    assert singular.min() > 0.5 and singular.max() < 1.3
     assert (weight * weight.grad).sum() < 0  # and it goes downhill
 
 
