@@ -1,6 +1,7 @@
-"""The pictures of docs/ that no report has, from what `make demo` and `make table-steps` left.
+"""The pictures of docs/ that no report has, from what `make demo`, `make demo PRESET=toy` and
+`make table-steps` left; the last two may be missing.
 
-    python tests/pictures.py     # -> docs/curves.svg, expect.gif, steps.svg
+    python tests/pictures.py     # -> docs/curves.svg, expect.gif, large.gif, steps.svg
 
 expect.gif shows models that were trained for less, too: they are made first, in
 runs/tables/expect, in a few minutes.
@@ -24,11 +25,14 @@ import tables  # noqa: E402
 from common import data, files, report  # noqa: E402
 from dit import CFG_SCALE  # noqa: E402
 from sample import Model, decode  # noqa: E402
+from sample import main as sample_main  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
 
 DOCS = ROOT / "docs"
 DEMO = ROOT / "runs" / "tiny"
 PROMPT = "a red triangle moving right"
+LARGE = ["a red circle moving left", "a blue bar moving down", "a green triangle moving right",
+         "a yellow square moving up", "a cyan circle moving right", "a magenta bar moving down"]
 EXPECT = [  # name, stage, key of its history and how it is shown, runs that stop earlier
     ("VAE", "vae", "psnr_db", "dB", ["vae.py --steps 100", "vae.py --steps 400"]),
     ("teacher", "dit", "loss", "loss",
@@ -139,6 +143,10 @@ def expect():
 def main():
     (DOCS / "curves.svg").write_text(curves(DEMO))
     report.write_video(DOCS / "expect.gif", expect(), 8)
+    if (ROOT / "runs" / "toy" / "student.pt").exists():
+        prompts = [word for prompt in LARGE for word in ("--prompt", prompt)]
+        sample_main(["--preset", "toy", "--run", str(ROOT / "runs" / "toy"), *prompts,
+                     "--out", str(DOCS / "large.gif")])
     if (tables.OUT / "steps.md").exists():
         steps = tables.read_table((tables.OUT / "steps.md").read_text())
         (DOCS / "steps.svg").write_text(against_nfe(steps))
