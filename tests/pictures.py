@@ -53,7 +53,7 @@ def svg(width, height, parts):
 
 
 def curves(run):
-    """An SVG: six curves of a run's training, each point the mean of a hundredth of the steps."""
+    """An SVG: six curves of a run's training, each point the mean of five steps or more."""
     shown = [("vae", "psnr_db", "VAE: PSNR of the batch, dB"), ("dit", "loss", "teacher: loss"),
              ("pruned", "masks_loss", "masks: loss, with distillation"),
              ("pruned", "loss", "pruned: loss, with distillation"),
@@ -62,7 +62,8 @@ def curves(run):
     parts = []
     for i, (name, key, title) in enumerate(shown):
         values = files.load(run / f"{name}.pt", name)["history"][key]
-        y = [piece.mean() for piece in np.array_split(np.array(values), min(100, len(values)))]
+        points = max(2, min(100, len(values) // 5))
+        y = [piece.mean() for piece in np.array_split(np.array(values), points)]
         left = 10 + 240 * (i % 3)
         top = 10 + 150 * (i // 3)
         heights = top + 110 - 90 * (np.array(y) - min(y)) / (max(y) - min(y))
