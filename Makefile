@@ -8,7 +8,7 @@
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look;
 #                                          table-toy-prune, -toy-disc, -toy-steps, after `make demo PRESET=toy`
-# make pictures                            the pictures of docs/, of what `make demo` and table-steps trained
+# make pictures                            the pictures of docs/, of what `make demo` and `make demo PRESET=toy` trained
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3

@@ -1,12 +1,11 @@
-"""The pictures of docs/ that no report has, from what `make demo`, `make demo PRESET=toy` and
-`make table-steps` left; the last two may be missing.
+"""The pictures of docs/ that no report has, from what `make demo` and, if it ran, `make demo
+PRESET=toy` left.
 
-    python tests/pictures.py     # -> docs/curves.svg, expect.gif, large.gif, steps.svg
+    python tests/pictures.py     # -> docs/curves.svg, expect.gif, large.gif
 
 expect.gif shows models that were trained for less, too: they are made first, in
 runs/tables/expect, in a few minutes.
 """
-import math
 import os
 import re
 import sys
@@ -47,11 +46,6 @@ def label(x, y, text, more=""):
     return f'<text x="{x}" y="{y:.1f}" fill="#808890" {more}>{escape(str(text))}</text>'
 
 
-def svg(width, height, parts):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-size="11" font-family="sans-serif">{"".join(parts)}</svg>\n')
-
-
 def curves(run):
     """An SVG: six curves of a run's training, each point the mean of five steps or more."""
     shown = [("vae", "psnr_db", "VAE: PSNR of the batch, dB"), ("dit", "loss", "teacher: loss"),
@@ -74,31 +68,8 @@ def curves(run):
                   label(left + 216, top + 126, f"{len(values):,} steps", 'text-anchor="end"'),
                   f'<path d="M{left + 36} {top + 112}h180" stroke="#80889066"/>',
                   f'<polyline points="{path}" fill="none" stroke="#4c8bf5" stroke-width="1.5"/>']
-    return svg(720, 300, parts)
-
-
-def against_nfe(steps):
-    """An SVG: text alignment against function evaluations per clip, on a logarithmic axis. steps:
-    the cells of table-steps."""
-    end = 'text-anchor="end"'
-    parts = [label(0, 12, "text alignment, %"), label(360, 192, "NFE per clip", end)]
-    for y in (0, 25, 50, 75, 100):
-        parts.append(label(22, 164 - 1.4 * y, y, end))
-        parts.append(f'<path d="M28 {160 - 1.4 * y:.1f}h330" stroke="#80889066"/>')
-    parts += [label(30 + 46 * i, 178, 2 ** i) for i in range(7)]
-    lines = {"student, ": "#4c8bf5", ", CFG": "#e0823d", ", no CFG": "#808890"}
-    for i, (line, color) in enumerate(lines.items()):
-        points = []
-        for (row, title), (nfe, _) in steps.items():
-            if title == "NFE" and line in row:
-                share, _ = steps[row, "text alignment, %"]
-                points.append((30 + 46 * math.log2(nfe), 160 - 1.4 * share))
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        name = "student" if line == "student, " else f"teacher{line}"
-        parts.append(label(240, 116 + 15 * i, name, f'style="fill:{color}"'))
-    return svg(360, 196, parts)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 300" font-size="11" '
+            f'font-family="sans-serif">{"".join(parts)}</svg>\n')
 
 
 # ------------------------------------------------------------ what to expect
@@ -148,9 +119,6 @@ def main():
         prompts = [word for prompt in LARGE for word in ("--prompt", prompt)]
         sample_main(["--preset", "toy", "--run", str(ROOT / "runs" / "toy"), *prompts,
                      "--out", str(DOCS / "large.gif")])
-    if (tables.OUT / "steps.md").exists():
-        steps = tables.read_table((tables.OUT / "steps.md").read_text())
-        (DOCS / "steps.svg").write_text(against_nfe(steps))
 
 
 if __name__ == "__main__":

@@ -77,16 +77,6 @@ def test_a_cell_of_a_page_that_a_new_run_contradicts_is_named(tmp_path, monkeypa
     assert tables.check(tmp_path) == 3
 
 
-def test_the_picture_has_a_point_for_each_row_of_its_lines():
-    steps = {}
-    for row in tables.TABLES["steps"][1]:
-        steps[row.strip("*"), "NFE"] = 4.0, 0.0
-        steps[row.strip("*"), "text alignment, %"] = 50.0, 0.0
-    picture = pictures.against_nfe(steps)
-    assert picture.count("<circle") == len(tables.TABLES["steps"][1]) == 10
-    assert picture.count('cx="122.0" cy="90.0"') == 10  # 2 of 6 doublings, half the height
-
-
 def test_a_row_at_toy_is_scored_on_more_clips(tmp_path, monkeypatch):
     """With short schedules of the preset, of the models of `make demo PRESET=toy`."""
     ran = []
