@@ -1,8 +1,7 @@
-"""What tokens and precision cost on this machine: what docs/performance.md measures.
-And what a clip costs on the phone, package by package, for docs/coreml.md.
+"""What tokens cost on this machine, for docs/performance.md; and what a clip costs on the phone,
+package by package, for docs/coreml.md.
 
     python tests/bench_cost.py ratios   # one evaluation of the mobile DiT, for four VAE ratios
-    python tests/bench_cost.py steps    # training steps: width 512 in both precisions, preset tiny
     python tests/bench_cost.py phone    # reads runs/mobile/coreml-random, which `export_coreml.py
                                         # --preset mobile --random-weights` makes, or --coreml DIR
 
@@ -23,14 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import cli, training  # noqa: E402
 from common.coreml_evaluator import as_list, read_program, schedule, tensor_bytes  # noqa: E402
-from dit import PRESETS, DiT, flow_loss, forward_flops, planned_config  # noqa: E402
+from dit import DiT, forward_flops, planned_config  # noqa: E402
 from prune import PRESETS as PRUNE_PRESETS  # noqa: E402
 
 PRODUCT_FLOPS = 2 * 4096 ** 3
 PAPER_MS = {"4x16x16": 7900, "8x32x32": 380, "8x64x64": 90}  # a DiT step on the paper's phone
-GRID = 7, 12, 16  # 49x384x512 at 8x32x32: 1,344 tokens
-MEDIUM = dict(latent_channels=128, width=512, depth=6, heads=8, head_dim=64, ffn=2048,
-              vocabulary=100, text_tokens=32)
 
 
 def seconds(*runs, device, rounds, warm_up=1):
@@ -84,41 +80,6 @@ def ratios(device, precision, rounds):
               f"the paper's phone {ms / 380:.2f}")
 
 
-def training_step(config, grid, batch, device, precision, optimizer_name="adamw"):
-    """-> a function of no arguments that does one."""
-    dit = DiT(**config).to(device)
-    optimizer = training.Optimizer(dit, optimizer_name, 1e-4)
-    x0, noise = torch.randn(2, batch, config["latent_channels"], *grid, device=device)
-    t = torch.rand(batch, device=device)
-    tokens = torch.ones(batch, config["text_tokens"], device=device).long()
-
-    def step():
-        with precision():
-            loss = flow_loss(dit, x0, tokens, noise, t)
-        dit.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def steps(device, precision, rounds):
-    flops = 3 * forward_flops(MEDIUM, math.prod(GRID))  # backward costs twice the forward pass
-    for dtype in torch.float32, torch.bfloat16:
-        autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == torch.bfloat16)
-        step = training_step(MEDIUM, GRID, 1, device, autocast)
-        s, product_seconds = seconds(step, matrix_product(device, dtype), device=device,
-                                     rounds=rounds, warm_up=3)
-        share = flops / s / (PRODUCT_FLOPS / product_seconds)
-        print(f"width 512, 6 blocks, 1,344 tokens, {dtype}: {s:.3f} s per training step, "
-              f"{flops / s / 1e9:.0f} GFLOP/s, {share:.0%} of a matrix product's", flush=True)
-    tiny = planned_config("tiny")
-    for batch in PRESETS["tiny"]["batch_size"], 64:
-        step = training_step(tiny, (3, 4, 4), batch, device, precision, "muon")
-        s, = seconds(step, device=device, rounds=4 * rounds, warm_up=3)
-        print(f"tiny, batch {batch} of 48 tokens: {s:.3f} s per training step")
-
-
 def op_flops(op):
     if op.op_type == "linear":
         return 2 * math.prod(op.outputs[0].shape) * op.weight.shape[1]
@@ -161,7 +122,7 @@ def phone(folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["ratios", "steps", "phone"])
+    p.add_argument("what", choices=["ratios", "phone"])
     p.add_argument("--coreml", type=Path, default=Path("runs/mobile/coreml-random"))
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -172,8 +133,7 @@ def main():
         return
     device, precision = training.set_up(args)
     torch.manual_seed(0)
-    measure = {"ratios": ratios, "steps": steps}[args.what]
-    measure(device, precision, args.rounds)
+    ratios(device, precision, args.rounds)
 
 
 if __name__ == "__main__":
