@@ -98,11 +98,11 @@ def wait_for_all():
 # ------------------------------------------------------------ optimisers
 
 
-def warmup_cosine(step, steps):
+def warmup_linear(step, steps):
     """Fraction of the peak learning rate: up in 30 steps (at most a tenth of all), then down to 0
-    along a cosine."""
+    in a straight line."""
     warmup = max(1, min(30, steps // 10))
-    return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps)))
+    return min((step + 1) / warmup, max(0, 1 - step / steps))
 
 
 class Muon(torch.optim.Optimizer):
@@ -134,12 +134,13 @@ class Muon(torch.optim.Optimizer):
             # Each singular value s: 3.4445 s - 4.775 s^3 + 2.0315 s^5, five times, as a product of
             # polynomials of the Gram matrix, which is smaller than x.
             gram = x @ x.mT
-            product = torch.eye(gram.shape[1], device=x.device)
-            for _ in range(5):
+            product = None
+            for i in range(5):
                 polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
-                product = polynomial @ product
-                gram = polynomial @ gram @ polynomial
+                product = polynomial if product is None else polynomial @ product
+                if i < 4:
+                    gram = polynomial @ gram @ polynomial
             x = product @ x
             x = x.mT if is_tall else x
             # A tall matrix takes a longer step (same post).
@@ -170,7 +171,7 @@ class Optimizer:
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
 
     def set_lr(self, fraction):
-        """fraction: of the peak learning rate, as `warmup_cosine` gives it."""
+        """fraction: of the peak learning rate, as `warmup_linear` gives it."""
         for part, peak in zip(self.parts, self.peaks):
             for group in part.param_groups:
                 group["lr"] = peak * fraction
