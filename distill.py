@@ -43,7 +43,7 @@ PRESETS = {
         frozen_blocks=3,     # K: of the generator's 5
         trainable_blocks=1,  # of the same kind, on top
         teacher_steps=4,     # Euler steps, for the target
-        steps=75,
+        steps=65,
         batch_size=32,       # clips per step
         lr=0.02,             # half of the teacher's: the student starts as a trained model
         d_lr=0.02,           # the discriminator's, as the student's
@@ -250,7 +250,7 @@ def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimiz
 
         # The discriminator's step: real latents against what the student makes now.
         if args.adversarial:
-            d_optimizer.set_lr(training.warmup_cosine(step, args.steps))
+            d_optimizer.set_lr(training.warmup_linear(step, args.steps))
             discriminator.zero_grad()
             with precision():
                 d_loss, accuracy = discriminator_loss(discriminator, real, fake.detach(), s,
@@ -262,7 +262,7 @@ def train(args, loop, teacher, student, discriminator, ema, optimizer, d_optimiz
             values |= dict(hinge=d_loss, d_accuracy=accuracy)
 
         # The student's step: towards the teacher's endpoint, and against the new discriminator.
-        optimizer.set_lr(training.warmup_cosine(step, args.steps))
+        optimizer.set_lr(training.warmup_linear(step, args.steps))
         student.zero_grad()
         loss = 0 * fake.sum()  # in warm-up without a distillation term the gradient is zero
         if args.distillation:

@@ -47,14 +47,14 @@ PRESETS = {
         res_blocks=1,        # per stage
         clips=6144,          # rendered ones, or at most so many windows of real videos
         fps=8,               # of real videos: frames per second at which they are read
-        steps=1100,
+        steps=960,
         batch_size=12,       # clips per step
         lr=0.015,            # Muon's: each update is orthogonal, whatever the gradient's size
         kl=0.04,             # dB per nat: it keeps the latents' scale in bounds, no more
         optimizer="muon",    # the paper has AdamW
         ema=0.99),           # the average of about the last 100 steps
     "toy": dict(size="17x128x128", ratio="8x32x32", latent_channels=96, width=48, patch=4,
-                res_blocks=1, crop="17x64x64", clips=6144, fps=8, steps=3000, batch_size=8,
+                res_blocks=1, crop="17x64x64", clips=6144, fps=8, steps=2600, batch_size=8,
                 lr=0.01, kl=0.04, optimizer="muon", ema=0.99),
     "mobile": dict(size="49x384x512", ratio="8x32x32", latent_channels=128, width=128, patch=4,
                    res_blocks=3, clips=65536, fps=24, steps=200000, batch_size=8, lr=1e-4, kl=4e-4,
@@ -421,7 +421,7 @@ def main(argv=None):
     loop = training.Loop("vae", args, settings, args.steps, device, draw, model=vae, ema=ema,
                          optimizer=optimizer)
     for step, (x, noise) in loop:
-        optimizer.set_lr(training.warmup_cosine(step, args.steps))
+        optimizer.set_lr(training.warmup_linear(step, args.steps))
         vae.zero_grad()
         with precision():
             loss, psnr_db = loss_fn(vae, x, noise, args.kl)
