@@ -97,6 +97,11 @@ FIGURES = {  # key in metrics.json -> name, and what its value is multiplied wit
 }
 
 
+def digits(x):
+    """Three of them; of a whole number all."""
+    return f"{x:,}" if isinstance(x, int) else f"{x:#,.3g}".rstrip(".")
+
+
 def score_table(metrics):
     """-> rows of texts: the figures that are there, in words and units to read."""
     columns = {NAMES[stage]: scores for stage, scores in metrics.get("score", {}).items()}
@@ -107,7 +112,7 @@ def score_table(metrics):
     rows = [["", *columns]]
     for key, (name, factor) in FIGURES.items():
         values = [scores.get(key) for scores in columns.values()]
-        texts = ["" if value is None else f"{value * factor:,.3g}" for value in values]
+        texts = ["" if value is None else digits(value * factor) for value in values]
         if any(texts):
             rows.append([name, *texts])
     return rows

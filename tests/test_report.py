@@ -108,6 +108,11 @@ def test_scores_of_a_model_that_was_trained_anew_are_called_stale(reported, tmp_
     assert "Stale, measured before it was trained anew: student;" in report(tmp_path)
 
 
+def test_figures_have_three_digits_and_whole_numbers_all():
+    assert [pages.digits(x) for x in (1.004, 91.97, 100.0, 12345)] == ["1.00", "92.0", "100",
+                                                                     "12,345"]
+
+
 def test_the_mask_map_fills_what_stays():
     masks = {"blocks": torch.tensor([1.0, 0]), "self_heads": torch.tensor([[1.0, 0, 1], [1, 1, 0]]),
              "cross_heads": torch.tensor([[0.0, 1, 1], [1, 1, 0]]), "ffn": torch.ones(2, 8)}
