@@ -1,14 +1,15 @@
 # make demo                                the whole method at preset tiny, from nothing, in about ten minutes on a laptop
-# make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md
-# make demo DATA=my_media PICTURES=0.2     on clips and pictures: these in a fifth of the steps
-# make demo PRESET=toy STEPS=0.1           the same at another preset, in a tenth of its steps
-# make demo FLAGS="--gradient-checkpointing"   more flags for the four training scripts
-# make demo VAE="--crop 9x32x32"           more flags for vae.py
+# make demo DATA=my_clips RUN=runs/mine    the same on your own clips, docs/data.md; with PICTURES=0.2 a fifth of the
+#                                          steps is on pictures
+# make demo PRESET=toy                     the same at another preset; with STEPS=0.1 RUN=runs/short a tenth of its steps
+# make demo FLAGS="--gradient-checkpointing"              more flags for the four training scripts
+# make demo VAE="--size 9x64x64 --crop 9x32x32" RUN=...   more flags for vae.py
 # make test                                the tests
 # make table-prune                         a table of the paper at toy scale, three seeds; table-scores, table-vae,
 #                                          table-disc, table-steps and table-speed as well; SEEDS=1 for a first look;
 #                                          table-toy-prune, -toy-disc, -toy-steps, after `make demo PRESET=toy`
 # make pictures                            the pictures of docs/, of what `make demo` and `make demo PRESET=toy` trained
+# make clean                               deletes .venv, runs/tiny and runs/tables
 # Training stages that are done say so and are skipped; one that was interrupted goes on where it was.
 
 PYTHON ?= python3
@@ -61,4 +62,4 @@ pictures: demo
 	$(PY) tests/pictures.py
 
 clean:
-	rm -rf .venv runs/tiny runs/tables/*/*/0
+	rm -rf .venv runs/tiny runs/tables

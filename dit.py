@@ -41,7 +41,7 @@ PRESETS = {
     "tiny": dict(
         width=128,           # channels of a token
         depth=7,             # blocks; a quarter of the paper's, as are the heads
-        heads=8,             # heads x head_dim is the width, as in the paper's reading
+        heads=8,             # heads x head_dim is the width, as in our reading of the paper
         head_dim=16,         # channels of a head
         ffn=512,             # hidden channels, four times the width
         steps=780,
@@ -92,9 +92,9 @@ class TextEncoder(nn.Module):
 
 def rope_angles(frames, height, width, head_dim, device):
     """Angles [n, head_dim / 2] of 3D RoPE (https://arxiv.org/abs/2104.09864; our reading of how to
-    split it), n = frames * height * width. A quarter of a head's pairs of channels stands for time,
-    three eighths for height, three eighths for width; each pair turns at its own frequency, from 1
-    towards 1/100 radian per position, since hardly a grid is longer than 100."""
+    split it), n = frames * height * width. Three eighths of a head's pairs of channels, rounded
+    down, stand for height, as many for width, the rest for time; each pair turns at its own
+    frequency, from 1 towards 1/100 radian per position, since hardly a grid is longer than 100."""
     pairs = head_dim // 2
     spatial = 3 * pairs // 8
     axes = []

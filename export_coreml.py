@@ -12,7 +12,7 @@ iOS 18, fixed shapes, no tensor of more than five dimensions.
 
 (rest: one call for each latent frame after the first.)
 Between two calls of the generator the app adds noise again: x_t = (1 - t) * x0 + t * noise. Then
-it decodes x0 latent frame by latent frame, and shows each one's frames while the next is decoded.
+it decodes x0 latent frame by latent frame, and shows each one's frames before the next is decoded.
 manifest.json holds all that it needs: the order of calls, names, shapes, timesteps, vocabulary.
 
 Each saved package is read back from disk and evaluated with torch, operation by operation

@@ -47,7 +47,7 @@ PRESETS = {
         batch_size=32,     # clips per step
         lr=0.04,           # Muon's; as for the teacher
         optimizer="muon",  # the paper has AdamW
-        ema=0.99),         # the average of about the last 100 steps
+        ema=0.99),         # the average of about the last third
     "toy": dict(blocks=5, heads=5, ffn=576, mask_steps=120, steps=1200, batch_size=32, lr=0.03,
                 optimizer="muon", ema=0.995),
     "mobile": dict(blocks=20, heads=20, ffn=6144, mask_steps=10000, steps=50000, batch_size=256,
@@ -236,8 +236,7 @@ def learn_masks(args, settings, latents, teacher, budget, device, precision):
     loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
                          masks=mask_module, optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
-        # Masks rest once the budget is reached: after that the weights' learning rate is too low
-        # for a unit that comes back.
+        # Masks are fixed once the budget is reached, so that the weights settle on what stays.
         fraction = min(1, step / (0.7 * args.mask_steps))
         mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - fraction)
         optimizer.set_lr(training.warmup_linear(step, args.mask_steps))

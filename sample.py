@@ -20,7 +20,7 @@ A student samples without guidance in its own few steps, unless --prompt comes w
 
     python sample.py --prompt "a red circle moving left" --out red.mp4   # or .gif, .png
     python sample.py --score        # every checkpoint of the run -> metrics.json
-    python sample.py --report       # -> report.html, and the README's pictures
+    python sample.py --report       # -> report.html, compare.gif, path.png
 """
 import json
 import math

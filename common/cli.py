@@ -134,10 +134,12 @@ def add_training_flags(p):
     p.add_argument("--lr", type=number(1e-12),
                    help="peak learning rate; adamw wants a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
-    p.add_argument("--ema", type=number(0, 1), help="decay of the average weights that are saved")
+    p.add_argument("--ema", type=number(0, 1),
+                   help="decay of the average weights that are saved, over a third of the run or less")
     p.add_argument("--picture-share", type=number(0, 1), default=0.0,
                    help="fraction of steps on pictures: first frames, of pictures and clips")
-    p.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile the loss; in distill.py the student")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=number(0), default=60,
                    help="seconds between saves; 0: every step")

@@ -194,17 +194,18 @@ def usable_clips(settings, store):
     of one; says what was left out."""
     t, _, _ = settings["size"]
     layout, captions, skipped = reader.find_clips(settings["data"])
+    too_short = (f"fewer than {t} frames at --fps {settings['fps']}, or a picture without "
+                 "--picture-share")
     usable = []
     first = 0
     for path, (count, error) in zip(captions, read_clips(settings, captions, store)):
         least = 1 if settings["picture_share"] and reader.is_picture(path) else t
         if count >= least:
             usable.append(Clip(path, captions[path], first, count))
-        elif not error:
-            error = (f"fewer than {t} frames at --fps {settings['fps']}, or a picture without "
-                     "--picture-share")
-        if error:
-            skipped[error].append(path)
+            if error:
+                cli.warn(f"{path}: {error}")
+        else:
+            skipped[error or too_short].append(path)
         first += count
     for reason, paths in skipped.items():
         names = ", ".join(os.path.relpath(path, settings["data"]) for path in paths[:10])

@@ -99,8 +99,8 @@ def wait_for_all():
 
 
 def warmup_linear(step, steps):
-    """Fraction of the peak learning rate: up in 30 steps (at most a tenth of all), then down to 0
-    in a straight line."""
+    """Fraction of the peak learning rate: a line from 1 down to 0, cut by a ramp up in 30 steps, at
+    most a tenth of all."""
     warmup = max(1, min(30, steps // 10))
     return min((step + 1) / warmup, max(0, 1 - step / steps))
 

@@ -31,7 +31,7 @@ from common import report  # noqa: E402
 
 OUT = ROOT / "runs" / "tables"
 SCORE = "sample.py --score"
-# A quarter of the preset's recovery: after all of it rows look alike.
+# Less than half of the preset's recovery: after all of it rows look alike.
 PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
 ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2"
@@ -273,8 +273,8 @@ def demo_cells():
 
 def check(out):
     """Prints each cell of the tables in README.md and docs/experiments.md that differs from what
-    `make demo` and the tables in `out` say by more than both spreads allow, or stands in one of
-    them alone; and per section how many cells there are, and how many there is nothing for.
+    `make demo` and the tables in `out` say by more than both spreads allow, and each that
+    only they have; and per section how many cells there are, and how many there is nothing for.
     -> how many differ"""
     total = 0
     for page in "README.md", "docs/experiments.md":
