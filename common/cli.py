@@ -135,7 +135,7 @@ def add_training_flags(p):
                    help="peak learning rate; adamw wants a twentieth of muon's")
     p.add_argument("--optimizer", choices=["muon", "adamw"], help="adamw is the paper's")
     p.add_argument("--ema", type=number(0, 1),
-                   help="decay of the average weights that are saved, over a third of the run or less")
+                   help="decay of the saved average of weights, over a third of the run at most")
     p.add_argument("--picture-share", type=number(0, 1), default=0.0,
                    help="fraction of steps on pictures: first frames, of pictures and clips")
     p.add_argument("--compile", action="store_true",

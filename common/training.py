@@ -139,7 +139,7 @@ class Muon(torch.optim.Optimizer):
                 polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
                 product = polynomial if product is None else polynomial @ product
-                if i < 4:
+                if i < 4:  # no polynomial of the last one is needed
                     gram = polynomial @ gram @ polynomial
             x = product @ x
             x = x.mT if is_tall else x

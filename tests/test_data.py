@@ -373,6 +373,20 @@ def test_what_cannot_be_used_is_counted_and_makes_no_clip_to_hold_out(tmp_path, 
     assert "37 skipped" in told
 
 
+def test_a_damaged_clip_that_is_used_is_named_and_not_called_skipped(tmp_path, capsys, monkeypatch):
+    def damaged(path, fps, height, width):
+        for i in range(20):
+            yield np.full((3, height, width), 10 * i, np.uint8)
+        raise ValueError("the rest is damaged")
+
+    write(tmp_path)
+    monkeypatch.setattr(reader, "read_frames", damaged)
+    assert captions_of(read(tmp_path), "train")
+    told, warned = capsys.readouterr()
+    assert "a.mp4: damaged, read as far as it goes" in warned and "skipped" not in warned
+    assert "1 clips and pictures, 0 skipped" in told
+
+
 def windows_of(captions, counts, most, t=9):
     """-> [windows, (clip, place in it)] to train on, and to test on."""
     firsts = np.cumsum([0, *counts])
