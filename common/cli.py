@@ -122,8 +122,8 @@ def add_file(p, flag, name, text):
 def add_device_flags(p):
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda, else cpu")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                   help="of the arithmetic (weights stay float32); auto: bfloat16 on GPUs that "
-                        "have it in hardware, else float32")
+                   help="of the arithmetic (weights stay float32); auto: bfloat16 on CUDA GPUs "
+                        "that have it in hardware, else float32")
 
 
 def add_training_flags(p):

@@ -41,6 +41,7 @@ def write_atomically(path, write):
 
 def allocate(path, n_bytes):
     """Makes a file. A full disk shows now, not as a crash while it is mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
