@@ -70,12 +70,12 @@ class Model:
 
     def noise(self, n, seed):
         """[steps, n, c, t, h, w]. Clip i's noise depends on seed + i alone."""
-        steps = self.steps if self.is_student else 1
-        shape = steps, *self.latent_shape
         clips = []
         for i in range(n):
             g = torch.Generator().manual_seed(seed + i)
-            clips.append(torch.randn(shape, generator=g))
+            # Step by step, so that the first step's is the same for every number of steps.
+            clips.append(torch.stack([torch.randn(self.latent_shape, generator=g)
+                                      for _ in range(self.steps if self.is_student else 1)]))
         return torch.stack(clips, dim=1).to(self.device)
 
     def trajectory(self, prompts, noise):
@@ -281,7 +281,8 @@ def fixed_features(clips):
     first = torch.randn(16, 3, 3, 3, 3, generator=g) / 9
     second = torch.randn(32, 16, 3, 3, 3, generator=g) / 20
     first = first - first.mean((2, 3, 4), keepdim=True)
-    x = F.relu(F.conv3d(clips, first, stride=(1, 2, 2), padding=1))
+    clips = F.pad(clips, (1,) * 6, mode="replicate")  # zeros would be edges
+    x = F.relu(F.conv3d(clips, first, stride=(1, 2, 2)))
     x = F.relu(F.conv3d(x, second, stride=2, padding=1)).flatten(2)
     return torch.cat([x.mean(2), x.std(2)], dim=1)
 
