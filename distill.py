@@ -1,14 +1,14 @@
 """Adversarial step distillation: 40 guided steps (80 evaluations) become 4 steps (4 evaluations).
 
 The idea (paper, adversarial step distillation). The student learns to jump from any of four noise
-levels straight to clean latents (our reading). A discriminator, made for a DiT, tells its results
-from real latents. Stated: it inherits the generator's first K blocks, frozen, as a time-conditioned
-feature parser, and adds learnable layers with full 3D attention and cross-attention to the text.
-Result: 4 steps without classifier-free guidance (CFG).
+levels straight to clean latents (our reading). A discriminator, made for a DiT, tells the student's
+results from real latents. Stated: it inherits the generator's first K blocks, frozen, as a
+time-conditioned feature parser, and adds learnable layers with full 3D attention and
+cross-attention to the text. Result: 4 steps without classifier-free guidance (CFG).
 
-    x_t at one of 4 levels --> generator: the student, at first --> x0 = x_t - t * velocity
-                               the pruned DiT                         |  noise again, level s,
-    caption, s, noisy real or generated latents                       v  on real ones as well
+    x_t at one of 4 levels --> the student, which  --> x0 = x_t - t * velocity
+                               starts as pruned.pt       |  noise again, level s,
+    caption, s, noisy real or generated latents          v  on real ones as well
          --> K frozen blocks --> trainable blocks --> one score per token --> mean: real or not
              (never trained)     (3D attention, cross-attention)
 
@@ -330,7 +330,6 @@ def main(argv=None):
     for name, values in loop.history.items():
         metrics[name] = sum(values[-20:]) / len(values[-20:])
     if args.adversarial:  # no later stage reads it
-        metrics["discriminator_params"] = training.count_parameters(discriminator)
         files.save(args.discriminator, stage="discriminator", metrics=metrics, settings=settings,
                    config=dict(dit=student.config, **design), model=discriminator.state_dict())
     # `config` rebuilds the student; sampling and export take its levels from `timesteps`.

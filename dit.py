@@ -2,9 +2,9 @@
 
 Stated by the paper: full 3D self-attention over all tokens of a clip, cross-attention to the text,
 rotary position embeddings (RoPE), QK normalisation, RMSNorm throughout; 28 blocks, 32 heads,
-FFN 8192, 2.0 B parameters. Our reading (1.91 B): head size 64, so width 2048; QK norm per head and
-no biases in a block, so that taking one head or channel away leaves the others as they were;
-adaLN-single, with gates that start open; rectified flow; logit-normal noise levels.
+FFN 8192, 2.0 B parameters. Our reading (1.91 B): head size 64, so width 2048; QK norm per head, so
+that taking a head away leaves the others as they were; no biases in a block; adaLN-single, with
+gates that start open; rectified flow; logit-normal noise levels.
 
     latents x_t [b, c, t, h, w] -> tokens [b, t*h*w, width] --+
                                                                v
@@ -20,7 +20,7 @@ classifier-free guidance (CFG): 40 steps, each with and without the caption, are
 evaluations that distill.py brings down to 4.
 
     python dit.py                                    # runs/tiny/latents.pt -> runs/tiny/dit.pt
-    python dit.py --preset server --dry-run          # what a size costs, without making it
+    python dit.py --preset server --dry-run          # what a size costs, without training it
 
 Every later stage uses this one class: masked (an argument of `forward`), pruned (a smaller config),
 as the discriminator's features (the first K blocks).
@@ -303,7 +303,7 @@ class DiT(nn.Module):
 
 
 def load_dit(path, device, *stages, latents=None):
-    """-> the model in eval mode, and its checkpoint. latents: those that it must be trained on."""
+    """-> the model in eval mode, and its checkpoint. latents: what it must have been trained on."""
     checkpoint = files.load(path, *stages)
     with files.reading(path):
         dit = DiT(**checkpoint["config"])
@@ -379,10 +379,8 @@ def logit_normal(n, generator, mean=0.0):
 
 def flow_loss(dit, x0, prompts, noise, t, masks=None):
     """Flow matching (https://arxiv.org/abs/2210.02747) along rectified flow's straight lines
-    (https://arxiv.org/abs/2209.03003): the squared error of the velocity, averaged over all numbers
-    of the batch: clips, channels, frames, height, width, each weighing the same, at levels t as
-    they were drawn (logit-normal). x0, noise: [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim];
-    t: [b]."""
+    (https://arxiv.org/abs/2209.03003): the mean squared error of the velocity. x0, noise:
+    [b, c, t, h, w]; prompts: [b, m] or [b, m, text_dim]; t: [b]."""
     velocity = dit(add_noise(x0, noise, t), t, dit.text_encoder(prompts), masks)
     return F.mse_loss(velocity.float(), noise - x0)
 

@@ -40,7 +40,7 @@ from torch import nn
 
 from common import cli, coreml_evaluator, data, files
 from distill import predict_x0, sample_student, student_timesteps
-from dit import DiT, FeedForward, add_noise, load_dit
+from dit import DiT, FeedForward, TextEncoder, add_noise, load_dit
 from prune import planned_pruned
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, CausalConv3d, RMSNorm, Upsample, latent_size, load_vae
@@ -57,14 +57,14 @@ class Float16RMSNorm(RMSNorm):
 
     def forward(self, x):
         largest = x.abs().amax(self.axis, keepdim=True).clamp(min=1e-3)
-        # As a tensor: of number / x Core ML makes an inverse, which adds 1e-4 to x.
+        # Always 1e-3, but a tensor: Core ML turns number / x into an inverse, which adds 1e-4 to x.
         root = largest.clamp(max=1e-3)
         return super().forward(x / largest, (root / largest).square())
 
 
 class TiledFeedForward(FeedForward):
-    """The hidden channels in `tiles` slices (stated, second version: a tiled GEMM). Each is added
-    up before the next, so that the activation of up to 4 times the width never exists at once."""
+    """The hidden channels in `tiles` slices (stated, second version: a tiled GEMM). Each result is
+    added before the next is computed: the activation of up to 4 times the width never exists."""
 
     def forward(self, x, channel_mask=None):
         result = 0
@@ -140,10 +140,6 @@ class PackageModule(nn.Module):
         return self.function(self.part, *tensors)
 
 
-def encode_text(text_encoder, prompts):
-    return text_encoder(prompts)
-
-
 def convolutions_over_time(vae):
     return [part for part in vae.decoder.modules()
             if isinstance(part, StreamingCausalConv3d) and part.kernel_size[0] > 1]
@@ -172,7 +168,7 @@ def package_modules(dit, vae):
     # Core ML Tools refuses an output with the name of an input.
     outputs = ["frames", *(f"next_{name}" for name in caches)]
     return {
-        "text_encoder": PackageModule(encode_text, dit.text_encoder, [prompts], ["text"]),
+        "text_encoder": PackageModule(TextEncoder.forward, dit.text_encoder, [prompts], ["text"]),
         "generator": PackageModule(predict_x0, dit, ["x_t", "t", "text"], ["x0"]),
         "decoder_first": PackageModule(decode_next, decoder, ["latent"], outputs),
         "decoder": PackageModule(decode_next, decoder, ["latent", *caches], outputs)}
@@ -382,7 +378,7 @@ def verify(args, dit, vae, checkpoint, prompts, folder):
 
 def random_student(preset, seed):
     """A preset's student as distill.py would leave it, but for the training, and with a text
-    encoder of six words. -> dit, checkpoint, vae."""
+    encoder of five words. -> dit, checkpoint, vae."""
     torch.manual_seed(seed)
     sizes = VAE_PRESETS[preset]
     caption = "a red circle moving left"

@@ -215,17 +215,17 @@ def kd_loss(student, teacher, batch, kd, masks=None, kept_blocks=None):
 
 
 def learn_masks(args, settings, latents, teacher, budget, device, precision):
-    """Steps 1 and 2. -> the student, the sensitivity scores, the masks module, and the loop."""
+    """Steps 1 and 2. -> the masked model, the sensitivity scores, the masks' module, the loop."""
     batches = []
-    for i in range(8):  # batches
+    for i in range(8):
         batch = draw_batch(latents, args, "sensitivity", i)
         batches.append([x.to(device) for x in batch])
-    teacher.gradient_checkpointing = args.gradient_checkpointing  # and the student, its copy
+    teacher.gradient_checkpointing = args.gradient_checkpointing  # and its copy
     with precision():
         scores = sensitivity(teacher, args.criterion, batches, args.seed)
     mask_module = Masks(scores, budget).to(device)
-    student = copy.deepcopy(teacher).train().requires_grad_(True)
-    optimizer = training.Optimizer(student, args.optimizer, args.lr)
+    masked = copy.deepcopy(teacher).train().requires_grad_(True)
+    optimizer = training.Optimizer(masked, args.optimizer, args.lr)
     mask_lr = args.mask_lr if args.criterion == "learned" else 0.0
     mask_optimizer = torch.optim.SGD(mask_module.parameters(), lr=mask_lr, momentum=0.9)
     loss_fn = torch.compile(kd_loss) if args.compile else kd_loss
@@ -233,25 +233,25 @@ def learn_masks(args, settings, latents, teacher, budget, device, precision):
     def draw(step):
         return draw_batch(latents, args, "masks", step)
 
-    loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, student=student,
+    loop = training.Loop("masks", args, settings, args.mask_steps, device, draw, masked=masked,
                          masks=mask_module, optimizer=optimizer, mask_optimizer=mask_optimizer)
     for step, batch in loop:
-        # Masks are fixed once the budget is reached, so that the weights settle on what stays.
+        # After 70 % of the steps masks are fixed, so that the weights settle on what stays.
         fraction = min(1, step / (0.7 * args.mask_steps))
         mask_optimizer.param_groups[0]["lr"] = mask_lr * (1 - fraction)
         optimizer.set_lr(training.warmup_linear(step, args.mask_steps))
-        student.zero_grad()
+        masked.zero_grad()
         mask_module.zero_grad()
         with precision():
-            loss = loss_fn(student, teacher, batch, args.kd, mask_module(fraction))
+            loss = loss_fn(masked, teacher, batch, args.kd, mask_module(fraction))
         loss.backward()
-        training.average_gradients([*student.parameters(), *mask_module.parameters()])
-        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        training.average_gradients([*masked.parameters(), *mask_module.parameters()])
+        grad_norm = nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
         optimizer.step()
         mask_module.normalize_gradients()
         mask_optimizer.step()
         loop.log(loss=loss, grad_norm=grad_norm)
-    return student, scores, mask_module, loop
+    return masked, scores, mask_module, loop
 
 
 def recover(args, settings, latents, teacher, dense, kept_blocks, device, precision):
@@ -281,7 +281,7 @@ def recover(args, settings, latents, teacher, dense, kept_blocks, device, precis
 
 
 @torch.no_grad()
-def largest_difference(dense, student, masks, latents):
+def largest_difference(dense, masked, masks, latents):
     """Between the velocities of the dense model and of its masked parent, on one batch."""
     device = masks["ffn"].device
     g = torch.Generator().manual_seed(0)
@@ -289,8 +289,8 @@ def largest_difference(dense, student, masks, latents):
     x_t = x_t.to(device)
     prompts = prompts.to(device)
     t = torch.rand(8, generator=g).to(device)
-    masked = student(x_t, t, student.text_encoder(prompts), masks)
-    return (dense(x_t, t, dense.text_encoder(prompts)) - masked).abs().max().item()
+    expected = masked(x_t, t, masked.text_encoder(prompts), masks)
+    return (dense(x_t, t, dense.text_encoder(prompts)) - expected).abs().max().item()
 
 
 def kept_sizes(args, config):
@@ -336,7 +336,7 @@ def parse_arguments(argv):
     p.add_argument("--mask-steps", type=cli.steps_of(p.get_default("mask_steps")),
                    help="steps of learning masks, before --steps")
     p.add_argument("--mask-lr", type=cli.number(0), default=0.002,
-                   help="learning rate of the mask logits, down to 0 as the budget is reached")
+                   help="learning rate of the mask logits, down to 0 over 70 %% of the mask steps")
     cli.add_file(p, "--dit", "dit.pt", "the teacher, from dit.py")
     cli.add_file(p, "--latents", "latents.pt", "the data set, from vae.py")
     cli.add_file(p, "--masks", "masks.pt", "the masks, which this stage writes")
@@ -354,7 +354,7 @@ def main(argv=None):
     device, precision = training.set_up(args)
     latents = data.Latents(args.latents)
     teacher, checkpoint = load_dit(args.dit, device, "dit", latents=latents)
-    with files.reading(args.dit):  # the small model is guided, too, at the same noise levels
+    with files.reading(args.dit):  # the pruned model is sampled with CFG, too: empty captions
         args.cfg_dropout = checkpoint["settings"]["cfg_dropout"]
         args.noise_level = checkpoint["settings"]["noise_level"]
     sizes = kept_sizes(args, teacher.config)
@@ -365,16 +365,16 @@ def main(argv=None):
     # 1. sensitivity, 2. masks
     budget = dict(blocks=sizes["depth"], self_heads=sizes["heads"], cross_heads=sizes["heads"],
                   ffn=sizes["ffn"])
-    student, scores, mask_module, mask_loop = learn_masks(
+    masked, scores, mask_module, mask_loop = learn_masks(
         args, settings, latents, teacher, budget, device, precision)
 
     # 3. cut
     masks = {name: m.detach().round() for name, m in mask_module().items()}
     kept_blocks = masks["blocks"].nonzero().flatten().tolist()
-    dense = cut(student, masks)
-    difference = largest_difference(dense, student, masks, latents)
+    dense = cut(masked, masks)
+    difference = largest_difference(dense, masked, masks, latents)
     mask_loop.state.clear()  # memory, as large as all that follows
-    del student
+    del masked
 
     # 4. recovery
     pruned, loop = recover(args, settings, latents, teacher, dense, kept_blocks, device, precision)

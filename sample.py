@@ -303,7 +303,8 @@ def frechet(a, b):
 @torch.no_grad()
 def validation_loss(dit, latents, device, precision, batch=64):
     """The flow-matching loss on clips that no stage was trained on, always with the same noise: it
-    tells models apart whose clips are equally right."""
+    tells models apart whose clips are equally right. At levels of mean logit 0 whatever
+    --noise-level was."""
     losses = []
     for start in cli.progress(range(0, len(latents.test), batch), desc="validation"):
         picked = latents.test[start:start + batch]
@@ -343,7 +344,7 @@ def score_clips(x0, captions, latents, vae, precision, batch=32):
     return rows, torch.cat(features)
 
 
-def spread(captions, n):
+def pick_evenly(captions, n):
     """n of them, evenly; some twice, or more often, if there are fewer."""
     return [captions[i * len(captions) // n] for i in range(n)] if captions else []
 
@@ -357,8 +358,8 @@ def score(args, latents, vae, models, precision):
     seen ones; and training clips through the VAE alone: the ceiling of the scores."""
     if not models:
         cli.exit_with_error(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
-    seen = spread(latents.metadata["captions"], args.score)
-    unseen = spread(latents.metadata["held_out_captions"], args.score // 2)
+    seen = pick_evenly(latents.metadata["captions"], args.score)
+    unseen = pick_evenly(latents.metadata["held_out_captions"], args.score // 2)
     reference = latents.test if len(latents.test) > 1 else latents.train[:256]
     real = []
     for picked in reference.split(32):

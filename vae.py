@@ -296,8 +296,8 @@ def encode_all(vae, dataset, latent_shape, path, batch_size, device, precision):
         batch = slice(start, start + batch_size)
         pixels = dataset.clip(list(range(start, min(start + batch_size, n))))
         with precision():
-            mean, _ = vae.encode(pixels.to(device))
-        latents[batch] = mean.half().cpu()
+            posterior_mean, _ = vae.encode(pixels.to(device))
+        latents[batch] = posterior_mean.half().cpu()
         train_latents = latents[batch][is_train[batch]].double()
         total += train_latents.sum((0, 2, 3, 4))
         total_of_squares += train_latents.square().sum((0, 2, 3, 4))

@@ -33,7 +33,7 @@ def exit_with_error(message):
 def run_script(main):
     """Runs main; interrupts, disk and memory errors end in one line, without a traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="backslashreplace")  # where a letter has no code
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that a terminal cannot encode
     try:
         main()
     except KeyboardInterrupt:

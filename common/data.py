@@ -45,8 +45,8 @@ TEST_CLIPS = 512
 
 
 def shape_coverage(shape, x, y, radius):
-    """Coverage of each pixel by a shape of SHAPES, anti-aliased, in [0, 1]. x, y: distance to the
-    shape's centre, and radius, in pixels, of shapes that broadcast."""
+    """Coverage of each pixel by a shape of SHAPES, anti-aliased, in [0, 1]. x, y: offset from the
+    shape's centre, to the right and down; and radius; all in pixels, of shapes that broadcast."""
     if shape == "circle":
         outside = torch.hypot(x, y) - radius
     elif shape == "square":
@@ -113,7 +113,7 @@ class Shapes:
             room = extent - 2.4 * radius - speed * along.abs()  # a triangle's tip is at 1.2 radii
             return extent / 2 + (position - 0.5) * room + travel * along
 
-        # Each pixel's distance from the subject's centre, [b, t, 1, w] and [b, t, h, 1].
+        # Each pixel's offset from the subject's centre, [b, t, 1, w] and [b, t, h, 1].
         x = torch.arange(w) + 0.5 - centre(for_x, w, heading[:, 0])
         y = (torch.arange(h) + 0.5)[:, None] - centre(for_y, h, heading[:, 1])
         coverage = torch.stack([shape_coverage(SHAPES[shape[i]], x[i], y[i], radius[i])
@@ -177,7 +177,7 @@ def read_clips(settings, captions, path):
         bar = cli.progress(list(captions.items())[len(entries):], desc="reading clips")
         for item in bar:
             entries.append(read_clip(*item, settings, store))
-            gc.collect(1)  # PyAV's graphs are in circles, and their frames weigh nothing to Python
+            gc.collect(1)  # PyAV's graphs are reference cycles, whose size Python does not see
             store.flush()
             print(json.dumps(entries[-1]), file=file, flush=True)
             free = shutil.disk_usage(path.parent).free
@@ -267,7 +267,7 @@ def store_frames(settings, path):
 
     def moves(window):
         few = frames[[window.row, window.row + t // 2, window.row + t - 1]]
-        return t == 1 or np.ptp(few, axis=0).max() > 3  # less is an encoder's
+        return t == 1 or np.ptp(few, axis=0).max() > 3  # of 255; less is compression noise
 
     train = [window for window in windows if moves(window)]
     trained = {record.caption for record in train}
@@ -280,7 +280,7 @@ def store_frames(settings, path):
     if not tests:
         cli.exit_with_error(
             f"no usable clip in {settings['data']}: it needs videos in which something moves, with "
-            "a caption each, such as frog.mp4 and frog.txt, some of them longer than twice --size "
+            "a caption each, such as frog.mp4 and frog.txt, some of them twice as long as --size "
             "(20 pictures alone will do, if --size begins with 1x)")
     records = train + stills + tests
     path_of = {clip.caption: clip.path for clip in usable}
@@ -433,9 +433,6 @@ class Latents:
     def __init__(self, path):
         self.path = path
         self.checkpoint = files.load(path, "latents")
-        if "train_clips" in self.checkpoint:
-            cli.exit_with_error(f"{path} is of an earlier version of this project: take another "
-                                "--run, or delete it and vae.pt, and start with vae.py")
         with files.reading(path):
             self.latents = self.checkpoint["latents"]  # [n, c, t, h, w]
             self.checksum = self.checkpoint["checksum"]

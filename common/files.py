@@ -71,7 +71,7 @@ def load(path, *stages):
     path = Path(path)
     if not path.is_file():
         maker = {"latents": "vae", "masks": "prune", "pruned": "prune", "student": "distill"}
-        stage = path.stem if path.stem in stages else stages[0]
+        stage = path.stem if not stages or path.stem in stages else stages[0]
         cli.exit_with_error(f"there is no file {path}: {maker.get(stage, stage)}.py makes it")
     with reading(path):
         if cli.is_main_process:

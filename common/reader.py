@@ -70,7 +70,7 @@ def read_table(table):
 
 
 def nfc(text):
-    """Text in which an accent is no character of its own: a Mac's names come so, and so."""
+    """Accents composed into their letters: a Mac's names come composed or decomposed."""
     return unicodedata.normalize("NFC", str(text))
 
 

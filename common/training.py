@@ -152,8 +152,8 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizer:
     """AdamW as the paper states; or Muon for the matrices of linear and convolution layers beside
-    AdamW for all else, stepped as one. Our reading: AdamW's weight decay of 0.01 on these matrices;
-    none on norms, biases, gates and embeddings."""
+    AdamW for all else, stepped as one. Our reading: AdamW decays matrices by 0.01, and nothing else
+    (norms, biases, gates, embeddings); Muon decays nothing."""
 
     def __init__(self, model, name, lr):
         weights = {id(module.weight) for module in model.modules()
