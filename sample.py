@@ -355,7 +355,8 @@ def mean_scores(rows):
 
 def score(args, latents, vae, models, precision):
     """Every checkpoint of the run on the same prompts and noise, half as many unseen prompts as
-    seen ones; and training clips through the VAE alone: the ceiling of the scores."""
+    seen ones; and training clips through the VAE alone: about what a perfect generator would score,
+    but for the Frechet distance, since none of these shows an unseen combination."""
     if not models:
         cli.exit_with_error(f"nothing to score in {args.run}: dit.py makes the first checkpoint")
     seen = pick_evenly(latents.metadata["captions"], args.score)

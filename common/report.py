@@ -164,7 +164,8 @@ from the same noise. Above each clip stands what it shows, as measured (of a rea
 of the nearest training clip), green where the caption asks for it. Never trained on: $unseen.</p>
 $compare
 <h2>Costs and scores</h2>
-<p>Data: VAE reconstructions of training clips, about what a perfect generator would score.</p>
+<p>Data: VAE reconstructions of training clips, about what a perfect generator would score (but for
+the Fréchet distance, since none of these shows an unseen combination).</p>
 <table>$table</table>
 <p>$stale</p>
 <h2>From noise to a clip</h2>
