@@ -34,11 +34,12 @@ SCORE = "sample.py --score"
 # Less than half of the preset's recovery: after all of it rows look alike.
 PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
-ALONE = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2"
+# The adversarial loss alone, for longer than the preset: after 65 steps frozen designs are at chance.
+START = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2 --steps"
+ALONE = f"{START} 150"
 # At preset toy: short schedules, so that a row takes minutes.
 TOY_PRUNE = "prune.py --mask-steps 50 --steps 200"
 TOY_DISTILL = "distill.py --steps 150"
-TOY_ALONE = f"{ALONE} --steps 150"
 # Clips on which 8x32x32 still leaves a grid.
 LARGE = ("vae.py --size 9x128x128 --patch 4 --width 32 --latent-channels 64 --clips 1536 "
          "--steps 400 --batch-size 4 --ratio")
@@ -110,7 +111,7 @@ TABLES = {
          "from scratch, 1,040 steps": f"{SCRATCH} --steps 1040"}),
     "disc": (
         [D_ACCURACY, *columns(*ALIGNMENT, "shape", "frechet")],
-        {"the pruned model, before any of it": f"{ALONE} --steps 1",
+        {"the pruned model, before any of it": f"{START} 1",
          "**the paper's: 3 frozen blocks, 1 trainable**": ALONE,
          "a linear layer on the 3 frozen": f"{ALONE} --trainable-blocks 0",
          "a convolution on the 3 frozen": f"{ALONE} --d-head convolution",
@@ -150,10 +151,10 @@ TABLES = {
          "teacher, 40 steps, CFG": f"{SCORE} 192"}),
     "toy-disc": (
         [D_ACCURACY, *columns(*ALIGNMENT, "frechet")],
-        {"the pruned model, before any of it": f"{ALONE} --steps 1",
-         "the paper's: 3 frozen blocks, 1 trainable": TOY_ALONE,
-         "a linear layer on the 3 frozen": f"{TOY_ALONE} --trainable-blocks 0",
-         "a convolution on the 3 frozen": f"{TOY_ALONE} --d-head convolution",
+        {"the pruned model, before any of it": f"{START} 1",
+         "the paper's: 3 frozen blocks, 1 trainable": ALONE,
+         "a linear layer on the 3 frozen": f"{ALONE} --trainable-blocks 0",
+         "a convolution on the 3 frozen": f"{ALONE} --d-head convolution",
          "distillation term, no adversary": f"{TOY_DISTILL} --adversarial 0",
          "both": TOY_DISTILL}),
 }
