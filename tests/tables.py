@@ -34,7 +34,7 @@ SCORE = "sample.py --score"
 # Less than half of the preset's recovery: after all of it rows look alike.
 PRUNE = "prune.py --mask-steps 50 --steps 80"
 SCRATCH = "dit.py --depth 5 --heads 5 --ffn 384"
-# The adversarial loss alone, for longer than the preset: after 65 steps frozen designs are at chance.
+# The adversarial loss alone, for longer than the preset's 65 steps, after which it is at chance.
 START = "distill.py --distillation 0 --adversarial 1 --lr 0.001 --d-warmup 0.2 --steps"
 ALONE = f"{START} 150"
 # At preset toy: short schedules, so that a row takes minutes.
