@@ -122,7 +122,7 @@ TABLES = {
          "distillation term, no adversary": "distill.py --adversarial 0",
          "**both** (the preset)": "distill.py"}),
     "steps": (
-        columns("nfe", *ALIGNMENT, *ASPECTS, "frechet"),
+        columns("nfe", *ALIGNMENT, "frechet"),
         {"student, 1 step": "distill.py --sampling-steps 1",
          "student, 2 steps": "distill.py --sampling-steps 2",
          "student, 8 steps": "distill.py --sampling-steps 8",
