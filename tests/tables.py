@@ -110,7 +110,7 @@ TABLES = {
          "from scratch, 260 steps": f"{SCRATCH} --steps 260",
          "from scratch, 1,040 steps": f"{SCRATCH} --steps 1040"}),
     "disc": (
-        [D_ACCURACY, *columns(*ALIGNMENT, "shape", "frechet")],
+        [D_ACCURACY, *columns(*ALIGNMENT, "frechet")],
         {"the pruned model, before any of it": f"{START} 1",
          "**the paper's: 3 frozen blocks, 1 trainable**": ALONE,
          "a linear layer on the 3 frozen": f"{ALONE} --trainable-blocks 0",
