@@ -330,7 +330,7 @@ def forward_flops(config, n):
 
 def planned_config(preset):
     """The DiT of a preset before there is any data: captions of `shapes`, or at the paper's sizes
-    128 embeddings of 4096 channels, as of T5-XXL."""
+    128 embeddings of 4096 channels (our reading)."""
     config = {key: PRESETS[preset][key] for key in SIZES}
     config["latent_channels"] = VAE_PRESETS[preset]["latent_channels"]
     if preset in ("tiny", "toy"):

@@ -1,9 +1,9 @@
 """A causal video VAE with a high compression ratio: clips in, a small grid of latents out.
 
-The idea (paper, high-compression VAE). Full 3D attention costs O((t·h·w)^2), so the cheapest way
-to make a video transformer fast is to give it fewer tokens. Stated: ratios from 4x16x16 to 8x64x64
-(time x height x width) were built and compared, and 8x32x32 chosen. `--ratio` takes any of them,
-and 4x8x8 for the tiny preset. Our reading: all layers, widths and losses.
+The idea (paper, high-compression VAE). Full 3D attention costs O((t·h·w)^2), so fewer tokens come
+first. Stated: ratios from 4x16x16 to 8x64x64 (time x height x width) were built and compared, and
+8x32x32 chosen. `--ratio` takes any of them, and 4x8x8 for the tiny preset. Our reading: all layers,
+widths and losses.
 
     pixels   [b, 3, 1 + k*rt, h, w]     in [-1, 1]; the ratio is rt x rs x rs, k any whole number
        |  2x2 or 4x4 pixels become channels; then stages that halve space, time or both
