@@ -16,6 +16,7 @@ import torch  # noqa: E402
 import distill  # noqa: E402
 import dit  # noqa: E402
 import prune  # noqa: E402
+import sample  # noqa: E402
 import vae  # noqa: E402
 from common import data  # noqa: E402
 
@@ -35,10 +36,30 @@ MICRO = {  # stage -> (its main, flags that make it tiny)
 }
 
 
+MAKES = {"vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["pruned.pt", "masks.pt"],
+         "distill": ["student.pt", "discriminator.pt"]}
+
+
+def folder_before(stage, micro_run, run):
+    """-> run, with what the stages before this one made in micro_run."""
+    run.mkdir(exist_ok=True)
+    for earlier in list(MICRO)[:list(MICRO).index(stage)]:
+        for name in MAKES[earlier]:
+            os.link(micro_run / name, run / name)
+    return run
+
+
 def train(stage, run, *more):
     """Runs one stage as the command line would: run is the folder, more are further flags."""
     main, flags = MICRO[stage]
     main([*flags.split(), "--run", str(run), "--device", "cpu", "--dtype", "float32", *more])
+
+
+class Code:
+    """Unpickled without care, it makes a file."""
+
+    def __reduce__(self):
+        return open, ("was run", "w")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +68,17 @@ def micro_run(tmp_path_factory):
     for stage in MICRO:
         train(stage, run)
     return run
+
+
+def evaluate(run, *flags):
+    sample.main(["--run", str(run), "--sampling-steps", "2", "--device", "cpu", *flags])
+
+
+@pytest.fixture(scope="session")
+def scored_run(micro_run):
+    evaluate(micro_run, "--score", "4")
+    evaluate(micro_run, "--report")
+    return micro_run
 
 
 @pytest.fixture

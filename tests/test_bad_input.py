@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO, train
+from conftest import MICRO, Code, train
 from common import cli
 
 
@@ -48,12 +48,13 @@ def refused(run, capsys):
         if name == "export":
             pytest.importorskip("coremltools")
         script, flags, _, makes = COMMANDS[name]
+        device = [] if name == "export" else ["--device", "cpu"]
         for made in [] if is_done else makes.split():
             (run / f"{made}.pt").unlink()
         before = files()
         main = importlib.import_module(script).main
         with pytest.raises(SystemExit) as stop:
-            cli.run_script(lambda: main([*flags.split(), "--run", "run", *more]))
+            cli.run_script(lambda: main([*flags.split(), "--run", "run", *device, *more]))
         told = capsys.readouterr().err
         bars = re.compile(r"[^\r\n]*it/s[^\r\n\]]*\]|\x1b\[A")
         lines = [line.strip() for line in bars.sub("", told).splitlines()]
@@ -90,13 +91,6 @@ def change(data, with_something_else):
     if with_something_else:
         checkpoint[key] = torch.ones(3, 3)
     return saved(checkpoint)
-
-
-class Code:
-    """Unpickled without care, it makes a file."""
-
-    def __reduce__(self):
-        return open, ("was run", "w")
 
 
 DAMAGE = {
@@ -216,7 +210,9 @@ def test_a_flag_that_makes_no_sense(refused, name, flag):
     ("prune", "--ffn -5", "--ffn"), ("prune", "--blocks 3 --heads 4 --ffn 64", "nothing to cut"),
     ("distill", "--adversarial 0 --distillation 0", "nothing to learn"),
     ("distill", "--frozen-blocks 7", "7"), ("sample", "--out red.avi", ".mp4"),
-    ("sample", "--out red.gif --fps 51", "browsers")])
+    ("sample", "--out red.gif --fps 51", "browsers"),
+    ("sample", "--model student.pt", "student.pt: distill.py makes it"),
+    ("export", "--ffn-tiles 9", "FFN's 48 channels"), ("vae", "--data .", "outside")])
 def test_flags_that_do_not_fit(refused, name, flags, word):
     refused(name, *flags.split(), word=word)
 
@@ -228,7 +224,7 @@ def test_the_same_run_with_other_settings(refused, name, flag):
 
 
 def test_a_terminal_that_does_not_know_a_letter_is_told_all_the_same(run):
-    flags = ["--run", "run", "--prompt", "a red circle", "--out", "círculo.gif"]
+    flags = "--run run --device cpu --out círculo.gif --prompt red".split()
     done = subprocess.run([sys.executable, ROOT / "sample.py", *flags], capture_output=True,
                           env=dict(os.environ, PYTHONIOENCODING="ascii"))
     assert done.returncode == 0, done.stderr
@@ -238,8 +234,3 @@ def test_a_terminal_that_does_not_know_a_letter_is_told_all_the_same(run):
 @pytest.mark.parametrize("prompt", ["", "... ?!", "purple elephant", "🎬🐸", "\x1b[2J", "<pad>"])
 def test_a_prompt_without_a_known_word(refused, prompt):
     refused("sample", "--prompt", prompt, word="word")
-
-
-def test_what_is_missing_is_said_with_the_script_that_makes_it(refused, run):
-    (run / "student.pt").unlink()
-    refused("sample", word="student.pt: distill.py makes it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO, train
+from conftest import MAKES, MICRO, folder_before, train
 
 import distill
 import dit
@@ -15,7 +15,6 @@ from common import cli, data, training
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--dtype", "float32"]
-OUTPUT = {"vae": "vae.pt", "dit": "dit.pt", "prune": "pruned.pt", "distill": "student.pt"}
 
 
 def torchrun(processes, folder, runs, *more, before=""):
@@ -34,17 +33,6 @@ def torchrun(processes, folder, runs, *more, before=""):
         env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, timeout=120)
 
 
-def folder_with_inputs(micro_run, run, stage):
-    run.mkdir()
-    made = {OUTPUT[stage], "masks.pt", "discriminator.pt"}
-    if stage == "vae":
-        made.add("latents.pt")
-    for file in micro_run.glob("*.pt"):
-        if file.name not in made:
-            os.link(file, run / file.name)
-    return run
-
-
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -53,7 +41,7 @@ def load(path):
 def many(micro_run, tmp_path_factory):
     """-> {stage: its folder}, trained by two processes."""
     folder = tmp_path_factory.mktemp("many")
-    runs = {stage: folder_with_inputs(micro_run, folder / stage, stage) for stage in MICRO}
+    runs = {stage: folder_before(stage, micro_run, folder / stage) for stage in MICRO}
     done = torchrun(2, folder, runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("; next: ") == len(runs)  # one process prints, and writes
@@ -84,10 +72,10 @@ def test_two_processes_compute_the_update_of_what_both_of_them_draw(micro_run, m
         monkeypatch.setattr(
             training, "Loop", lambda name, args, settings, steps, device, draw, **state: loop(
                 name, args, settings, steps, device, drawn_by_both(draw), **state))
-    run = folder_with_inputs(micro_run, tmp_path / "one", stage)
+    run = folder_before(stage, micro_run, tmp_path / "one")
     train(stage, run, *FLAGS)
-    one = load(run / OUTPUT[stage])
-    other = load(many[stage] / OUTPUT[stage])
+    one = load(run / MAKES[stage][0])
+    other = load(many[stage] / MAKES[stage][0])
     for name, weight in one["model"].items():
         torch.testing.assert_close(other["model"][name], weight, rtol=1e-2, atol=1e-3)
     for name, values in one["history"].items():

@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
-import prune
 from common import data, training
 
 
@@ -120,13 +119,6 @@ def test_noise_levels_lie_between_0_and_1_about_their_mean():
     assert t.median() == pytest.approx(0.076, rel=0.05)
 
 
-def test_unknown_words_are_named_and_left_out(capsys):
-    vocabulary = ["<pad>", "a", "red", "circle"]
-    tokens = data.tokenize(["A red, CIRCLE", "a turquoise circle"], vocabulary, 5)
-    assert tokens.tolist() == [[1, 2, 3, 0, 0], [1, 3, 0, 0, 0]]
-    assert "turquoise" in capsys.readouterr().err
-
-
 def test_a_share_of_the_captions_is_left_out_for_guidance(micro_run):
     latents = data.Latents(micro_run / "latents.pt")
     g = training.step_generator("test")
@@ -147,18 +139,6 @@ def test_latents_are_normalised_per_channel(micro_run):
 # ------------------------------------------------------------ what a size costs
 
 
-def test_the_paper_sizes_have_the_stated_number_of_parameters():
-    def params(**kept):
-        with torch.device("meta"):
-            return training.count_parameters(dit.DiT(**dit.planned_config("mobile") | kept))
-
-    kept = prune.PRESETS["mobile"]
-    pruned = params(depth=kept["blocks"], heads=kept["heads"], ffn=kept["ffn"])
-    assert params() == pytest.approx(2.0e9, rel=0.05)  # stated: 2.0 B
-    # Stated: 0.915 B. Ours prunes the heads of cross-attention, too.
-    assert pruned == pytest.approx(0.915e9, rel=0.07)
-
-
 CONFIG = dict(latent_channels=4, width=128, depth=3, heads=4, head_dim=32, ffn=512, vocabulary=9,
               text_tokens=5)
 
@@ -176,23 +156,12 @@ def test_the_flops_that_a_dry_run_says_are_those_of_an_evaluation():
         assert said == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_gradient_checkpointing_changes_no_gradient(micro_dit):
-    x0, t, tokens = inputs()
-    noise = torch.randn_like(x0)
-    gradients = []
-    for micro_dit.gradient_checkpointing in False, True:
-        loss = dit.flow_loss(micro_dit, x0, tokens, noise, t)
-        gradients.append(torch.autograd.grad(loss, list(micro_dit.parameters())))
-    for kept, recomputed in zip(*gradients):
-        torch.testing.assert_close(recomputed, kept)
-
-
 @pytest.mark.parametrize("command, expected", [
     ("dit --preset server --dry-run",
-     ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1,912 M"]),
+     ["28 blocks, 32 heads", "FFN 8192", "9,216 tokens", "1,912 M"]),  # stated: 2.0 B
     ("dit --preset server --dry-run 49x384x512", ["1,344 tokens", "4.93 TFLOP"]),
     ("prune --preset mobile --dry-run",
-     ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"])])
+     ["28 blocks, 32 heads", "20 blocks, 20 heads", "FFN 6144", "pruned to 50.0%"])])  # 46 %
 def test_a_dry_run_prices_the_papers_sizes_without_making_them(command, expected, capsys):
     name, *flags = command.split()
     importlib.import_module(name).main(flags)

@@ -10,30 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import MICRO, train
+from conftest import MICRO, evaluate, train
 
-import export_coreml
 import prune
-import sample
 from common import training
 
 ROOT = Path(__file__).parent.parent
 SCORES = {"text_alignment", "color", "shape", "direction", "held_out_alignment",
           "subject_consistency", "motion_smoothness", "dynamic_degree", "frechet", "nfe",
           "seconds_per_clip"}
-
-
-def evaluate(run, *flags):
-    sample.main(["--run", str(run), "--sampling-steps", "2", "--device", "cpu", *flags])
-
-
-@pytest.fixture(scope="session")
-def scored_run(micro_run):
-    evaluate(micro_run, "--score", "4")
-    evaluate(micro_run, "--report")
-    if export_coreml.ct:
-        export_coreml.main(["--run", str(micro_run)])
-    return micro_run
 
 
 def test_the_chain_leaves_every_file_and_figure_that_the_design_names(scored_run):
@@ -45,20 +30,14 @@ def test_the_chain_leaves_every_file_and_figure_that_the_design_names(scored_run
     assert pruned["dense_vs_masked_max_abs"] < 1e-4
     assert (pruned["blocks"], pruned["heads"], pruned["ffn"]) == (2, 2, 48)
     assert {"nfe", "d_accuracy"} <= set(metrics["distill"])
-    assert set(metrics["score"]) == {"dit", "pruned", "student"}
+    assert list(metrics["score"]) == ["dit", "pruned", "student"]
+    # Two steps with guidance, or four without: the student keeps those that it learned.
+    assert [score["nfe"] for score in metrics["score"].values()] == [4, 4, 4]
     for scores in metrics["score"].values():
         assert SCORES <= set(scores)
     assert "validation_loss" in metrics["score"]["dit"]
     assert (scored_run / "report.html").stat().st_size > 100
     assert not list(scored_run.glob("*.resume")) and not list(scored_run.glob("*.tmp"))
-
-
-@pytest.mark.skipif(not export_coreml.ct, reason="no coremltools for this Python or system")
-def test_the_export_leaves_its_packages_and_figures(scored_run):
-    metrics = json.loads((scored_run / "metrics.json").read_text())
-    for package in metrics["export"].values():
-        assert {"bytes", "ops", "max_rank", "precision", "parity_max_abs"} <= set(package)
-    assert (scored_run / "coreml/manifest.json").stat().st_size > 100
 
 
 def test_training_clips_as_the_vae_keeps_them_say_how_far_a_score_can_go(scored_run):
@@ -79,13 +58,6 @@ def test_caption_dropout_and_noise_levels_are_the_teachers(micro_run, tmp_path, 
     train("prune", tmp_path)
     assert len(drawn) == 8 + 4 + 4 and not any(prompts.any() for _, prompts, _, _ in drawn)
     assert all(t.min() > 0.9 for _, _, _, t in drawn)
-
-
-@pytest.mark.parametrize("name", ["vae", "latents", "dit", "masks", "pruned", "student",
-                                  "discriminator"])
-def test_every_checkpoint_is_plain_data(micro_run, name):
-    checkpoint = torch.load(micro_run / f"{name}.pt", weights_only=True)
-    assert {"stage", "config", "settings", "metrics"} <= set(checkpoint)
 
 
 @pytest.mark.parametrize("name", [*MICRO, "sample", "export_coreml"])
@@ -118,11 +90,11 @@ def test_the_example_of_parts_in_your_own_code_computes_what_it_says():
     assert all(p.grad is not None for p in own["discriminator"].blocks.parameters())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_chain_runs_in_both_arithmetics(tmp_path, dtype):
+def test_the_chain_runs_in_bfloat16(tmp_path):
+    """In float32 all other tests run."""
     for stage in MICRO:
-        train(stage, tmp_path, "--dtype", dtype)
-    evaluate(tmp_path, "--score", "2", "--dtype", dtype)
+        train(stage, tmp_path, "--dtype", "bfloat16")
+    evaluate(tmp_path, "--score", "2", "--dtype", "bfloat16")
     evaluate(tmp_path, "--prompt", "a red circle", "--out", str(tmp_path / "x.gif"))
     scores = json.loads((tmp_path / "metrics.json").read_text())["score"]
     assert all(math.isfinite(score["frechet"]) for score in scores.values())

@@ -7,19 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import MICRO, train
+from conftest import MAKES, MICRO, folder_before, train
 from common import cli, files, training
-
-
-OUTPUTS = {"vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["masks.pt", "pruned.pt"],
-           "distill": ["student.pt", "discriminator.pt"]}
-STAGES = list(MICRO)
-
-
-def folder_with_inputs(micro_run, run, stage):
-    for earlier in STAGES[:STAGES.index(stage)]:
-        for name in OUTPUTS[earlier]:
-            os.link(micro_run / name, run / name)
 
 
 def is_same(a, b):
@@ -29,7 +18,7 @@ def is_same(a, b):
 
 
 def assert_unharmed(stage, run, micro_run):
-    for name in OUTPUTS[stage]:
+    for name in MAKES[stage]:
         made, unbroken = (torch.load(folder / name) for folder in (run, micro_run))
         assert is_same(made, unbroken), name
     assert not [*run.glob("*.resume"), *run.glob("*.tmp"), *run.glob("*.part")]
@@ -81,11 +70,11 @@ def fork(stage, run, die_at):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", MICRO)
 def test_kills_at_any_moment_change_nothing_in_the_end(micro_run, tmp_path, stage):
     """Each start lives for a save or two longer: kills fall between steps and between results,
     before a file is opened, renamed or removed."""
-    folder_with_inputs(micro_run, tmp_path, stage)
+    folder_before(stage, micro_run, tmp_path)
     kills = 0
     while fork(stage, tmp_path, die_at=4 + 4 * kills) == -signal.SIGKILL:
         kills += 1
@@ -95,10 +84,10 @@ def test_kills_at_any_moment_change_nothing_in_the_end(micro_run, tmp_path, stag
     assert_unharmed(stage, tmp_path, micro_run)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", MICRO)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_once(micro_run, tmp_path, monkeypatch, capsys, stage, number):
-    folder_with_inputs(micro_run, tmp_path, stage)
+    folder_before(stage, micro_run, tmp_path)
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
         train(stage, tmp_path)  # which would not have saved for a minute
@@ -120,7 +109,7 @@ def test_ctrl_c_outside_the_training_is_a_sentence_too(capsys):
 @pytest.mark.parametrize("room", [0, 100, 5000, 100_000])
 def test_a_full_disk_harms_no_save(micro_run, tmp_path, monkeypatch, capsys, room):
     """A limit on the size of files is a disk that is full after so many bytes."""
-    folder_with_inputs(micro_run, tmp_path, "dit")
+    folder_before("dit", micro_run, tmp_path)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1])))
     try:
@@ -135,7 +124,7 @@ def test_a_full_disk_harms_no_save(micro_run, tmp_path, monkeypatch, capsys, roo
 
 
 def test_damaged_metrics_take_no_result_away(micro_run, tmp_path, capsys):
-    folder_with_inputs(micro_run, tmp_path, "dit")
+    folder_before("dit", micro_run, tmp_path)
     (tmp_path / "metrics.json").write_text("{")
     assert status_of("dit", tmp_path) == 2
     assert "metrics.json" in capsys.readouterr().err
@@ -145,10 +134,10 @@ def test_damaged_metrics_take_no_result_away(micro_run, tmp_path, capsys):
     assert "dit" in files.read_metrics(tmp_path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", MICRO)
 def test_what_is_not_finite_is_never_saved(micro_run, tmp_path, monkeypatch, capsys, stage):
     """In the third step the gradients of the model, of distill.py's student, are NaN."""
-    folder_with_inputs(micro_run, tmp_path, stage)
+    folder_before(stage, micro_run, tmp_path)
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
@@ -164,7 +153,7 @@ def test_what_is_not_finite_is_never_saved(micro_run, tmp_path, monkeypatch, cap
     assert status_of(stage, tmp_path) == 2
     assert "not finite" in capsys.readouterr().err
     assert steps_saved(tmp_path) == [2]
-    assert not [name for name in OUTPUTS[stage] if (tmp_path / name).exists()]
+    assert not [name for name in MAKES[stage] if (tmp_path / name).exists()]
     monkeypatch.undo()
     train(stage, tmp_path)
     assert_unharmed(stage, tmp_path, micro_run)

@@ -2,7 +2,6 @@
 looks."""
 import importlib
 import json
-from concurrent.futures import Future
 
 import pictures
 import pytest
@@ -10,9 +9,6 @@ import tables
 
 import dit
 from common import training
-
-FINISHED = Future()
-FINISHED.set_result(None)
 
 
 def commands():
@@ -75,17 +71,6 @@ def test_a_cell_of_a_page_that_a_new_run_contradicts_is_named(tmp_path, monkeypa
     metrics["score"]["dit"]["outline_iou"] = 0.93
     (tmp_path / "runs" / "tiny" / "metrics.json").write_text(json.dumps(metrics))
     assert tables.check(tmp_path) == 3
-
-
-def test_a_row_at_toy_is_scored_on_more_clips(tmp_path, monkeypatch):
-    """With short schedules of the preset, of the models of `make demo PRESET=toy`."""
-    ran = []
-    monkeypatch.setattr(tables, "run", lambda folder, seed, commands, *rest: ran.append(commands))
-    monkeypatch.setattr(tables, "read_metrics", lambda folder: {"score": {"student": {}}})
-    for chain in "toy", "1":
-        tables.row(tmp_path / "row", 0, "distill.py --steps 5", "1", tmp_path / chain, FINISHED)
-    assert ran == [["distill.py --steps 5", "sample.py --score 192"],
-                   ["distill.py --steps 5", "sample.py --score"]]
 
 
 def test_the_curves_and_what_to_expect_are_drawn_of_a_run(micro_run, monkeypatch):
