@@ -34,10 +34,9 @@ MICRO = {  # stage -> (its main, flags that make it tiny)
     "prune": (prune.main, "--blocks 2 --heads 2 --ffn 48 --mask-steps 4 --steps 4 --batch-size 8"),
     "distill": (distill.main, "--frozen-blocks 1 --teacher-steps 2 --steps 4 --batch-size 8"),
 }
-
-
-MAKES = {"vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["pruned.pt", "masks.pt"],
-         "distill": ["student.pt", "discriminator.pt"]}
+MAKES = {  # stage -> its files, the model first
+    "vae": ["vae.pt", "latents.pt"], "dit": ["dit.pt"], "prune": ["pruned.pt", "masks.pt"],
+    "distill": ["student.pt", "discriminator.pt"]}
 
 
 def folder_before(stage, micro_run, run):

@@ -1,5 +1,4 @@
 """Distillation: the discriminator, the student's few steps, the teacher's endpoint."""
-
 import pytest
 import torch
 from conftest import folder_before, train

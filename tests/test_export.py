@@ -145,7 +145,7 @@ def test_large_activations_overflow_a_plain_norm_in_float16_and_not_ours(tmp_pat
         evaluate(plain, {"x": x})
 
 
-def test_tiles_of_the_ffn_give_the_same_result_with_a_smaller_activation(tmp_path):
+def test_tiles_of_the_ffn_give_the_same_result_with_a_smaller_activation(exported, tmp_path):
     torch.manual_seed(0)
     ffn = dit.FeedForward(16, 64)
     x = torch.randn(1, 10, 16)
@@ -159,6 +159,9 @@ def test_tiles_of_the_ffn_give_the_same_result_with_a_smaller_activation(tmp_pat
     assert program_cost(tiled)["largest_tensor_bytes"] == 2 * 10 * 16
     for program in whole, tiled:
         assert torch.allclose(evaluate(program, {"x": x})["y"], ffn(x), atol=2e-3)
+    counts = [len(operations(read_program(exported / folder / "generator.mlpackage"), "gelu"))
+              for folder in ("coreml", "tiles")]
+    assert counts == [2, 2 * 3]  # of two blocks
 
 
 def test_the_module_that_was_trained_is_left_as_it_is(micro_dit):

@@ -1,4 +1,4 @@
-"""The report and its pictures, as a browser shows them."""
+"""The report and its pictures."""
 import base64
 import json
 import re
